@@ -1,0 +1,1 @@
+"""What the bytes mean: the IR and the bit layouts."""

@@ -1,0 +1,328 @@
+"""Numba kernels for layouts and the law: tiled, without the GIL, cached on disk, bit-exact with the NumPy reference.
+
+Every kernel takes flat arrays and row strides (in elements) instead of 2-D views, because LLVM vectorizes
+contiguous inner loops only when it knows that they are contiguous; a view into a memory-mapped tensor is not.
+Nothing here checks bounds: ``pack`` and ``unpack`` have checked shapes and code ranges before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from .ir import Array
+from .layouts import PackLayout
+
+_WORDS = 16
+"""Words per block of a transposing kernel: 16 words of 4 bytes fill a cache line."""
+
+_jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+
+
+def pack(layout: PackLayout, codes: Array, stored: Array) -> None:
+    """Pack int8 ``codes`` [out, x] into the C-contiguous array ``stored``."""
+    flip = layout.offset
+    swar = layout.transposed and layout.axis == "in" and layout.word == "<i4" and not layout.order
+    if swar and layout.bits in (4, 8) and flip in (0, 1 << (layout.bits - 1)):
+        lanes, stride = _flat_words(codes, np.dtype(np.uint64 if layout.bits == 4 else np.uint32))
+        kernel = _pack_in_transposed_4 if layout.bits == 4 else _pack_in_transposed_8
+        kernel(lanes, stride, codes.shape[0], stored.shape[0], _mutable(stored, np.uint32), flip * 0x0101010101010101)
+    elif _word_by_word(layout):
+        source, stride = _flat(codes)
+        shifts = _shifts(layout)
+        args = (source, stride, stored.shape[1], codes.shape[1], _mutable(stored, np.uint32), shifts)
+        _pack_out_transposed(*args, layout.offset, (1 << layout.bits) - 1)
+    else:
+        source, stride = _flat(codes)
+        _pack_stream(source, *_stream(layout, codes.shape, stride), _mutable(stored, np.uint8))
+
+
+def unpack(layout: PackLayout, stored: Array) -> Array:
+    """Unpack ``stored`` (a 2-D view whose rows are contiguous) to a new int8 array [out, x]."""
+    shape = layout.canonical_shape((stored.shape[0], stored.shape[1]))
+    codes = np.empty(shape, dtype=np.int8)
+    shift = (layout.offset + layout.low) & ((1 << layout.bits) - 1)
+    swar = layout.transposed and layout.axis == "in" and layout.word == "<i4" and not layout.order and shift == 0
+    if swar and layout.bits == 4 and layout.low == -8:
+        words, stride = _flat_words(stored, np.dtype(np.uint32))
+        _unpack_in_transposed_4(words, stride, shape[0], stored.shape[0], codes.reshape(-1).view(np.uint64))
+    elif swar and layout.bits == 8 and layout.low == -128:
+        words, stride = _flat_words(stored, np.dtype(np.uint32))
+        _unpack_in_transposed_8(words, stride, shape[0], stored.shape[0], codes.reshape(-1).view(np.uint32))
+    elif _word_by_word(layout):
+        words, stride = _flat_words(stored, np.dtype(np.uint32))
+        out = (words, stride, stored.shape[1], shape[1], codes.reshape(-1), _shifts(layout))
+        _unpack_out_transposed(*out, layout.offset + layout.low, (1 << layout.bits) - 1, layout.low)
+    else:
+        source = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
+        _unpack_stream(codes.reshape(-1), *_stream(layout, shape, shape[1]), _frozen(source), layout.low)
+    return codes
+
+
+def dequantize(codes: Array, scales: Array, zero_points: Array | None, group: Array, weights: Array) -> None:
+    """float32 ``weights[r, c] = scales[r, group[c]] * (codes[r, c] - zero_points[r, group[c]])``, -0.0 as +0.0.
+
+    codes int8 [rows, cols] (rows contiguous), scales and zero_points float32 C-contiguous [rows, groups],
+    group int32 [cols], weights float32 C-contiguous [rows, cols], written.
+    """
+    source, stride = _flat(codes)
+    starts = np.flatnonzero(np.diff(group, prepend=group[0] - 1)).astype(np.int64)
+    ends = np.append(starts[1:], len(group))
+    has_zero = zero_points is not None
+    zeros = _frozen(zero_points.reshape(-1)) if zero_points is not None else _NO_ZEROS
+    shape = (codes.shape[0], codes.shape[1], scales.shape[1])
+    runs = (starts, ends, group[starts].astype(np.int64))
+    _dequantize(source, stride, *shape, _frozen(scales.reshape(-1)), zeros, has_zero, *runs, weights.reshape(-1))
+
+
+def code_range(codes: Array) -> tuple[int, int]:
+    """Smallest and largest of int8 ``codes`` (rows contiguous, not empty)."""
+    source, stride = _flat(codes)
+    low, high = _code_range(source, stride, codes.shape[0], codes.shape[1])
+    return int(low), int(high)
+
+
+def equal(left: Array, right: Array) -> bool:
+    """Whether two int8 arrays of one shape (rows contiguous) hold the same codes."""
+    a, a_stride = _flat(left)
+    b, b_stride = _flat(right)
+    return bool(_equal(a, a_stride, b, b_stride, left.shape[0], left.shape[1]))
+
+
+_NO_ZEROS = np.zeros(1, dtype=np.float32)
+_NO_ZEROS.flags.writeable = False
+
+
+def _frozen(array: Array) -> Array:
+    """A read-only view, so that mapped files and fresh arrays share one compiled kernel."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _mutable(stored: Array, dtype: Any) -> Array:
+    return stored.reshape(-1).view(dtype)
+
+
+def _flat(view: Array) -> tuple[Array, int]:
+    """A 2-D array with contiguous rows as (flat read-only array, row stride in elements), without copying."""
+    if view.strides[1] != view.itemsize or view.strides[0] < 0 or view.strides[0] % view.itemsize:
+        view = np.ascontiguousarray(view)
+    stride = view.strides[0] // view.itemsize if view.shape[0] > 1 else view.shape[1]
+    length = (view.shape[0] - 1) * stride + view.shape[1] if view.size else 0
+    flat = np.lib.stride_tricks.as_strided(view, shape=(length,), strides=(view.itemsize,), writeable=False)
+    return flat, stride
+
+
+def _flat_words(view: Array, word: np.dtype[Any]) -> tuple[Array, int]:
+    """Like ``_flat`` in units of ``word``; copies the tile if its rows are not aligned to words."""
+    size = word.itemsize
+    if view.strides[1] != view.itemsize or view.strides[0] % size or view.ctypes.data % size:
+        view = np.ascontiguousarray(view)
+        if view.ctypes.data % size:
+            view = view.copy()
+    flat, stride = _flat(view)
+    per_word = size // view.itemsize if size > view.itemsize else 1
+    length = len(flat) // per_word * per_word
+    return flat[:length].view(word), stride // per_word
+
+
+def _word_by_word(layout: PackLayout) -> bool:
+    """Whether each 32-bit word holds whole lanes of consecutive output rows, in an order that stays within the word."""
+    whole = layout.word == "<i4" and 32 % layout.bits == 0 and len(layout.order) in {0, 32 // layout.bits}
+    return whole and layout.axis == "out" and layout.transposed
+
+
+def _shifts(layout: PackLayout) -> Array:
+    """For each element of a word's span, the bit where its lane begins."""
+    lanes = 32 // layout.bits
+    order = layout.order or tuple(range(lanes))
+    return np.asarray(np.argsort(order) * layout.bits, dtype=np.uint32)
+
+
+def _stream(layout: PackLayout, shape: tuple[int, ...], stride: int) -> tuple[Any, ...]:
+    """Strides and lane facts for the bit-stream kernels: (code strides, counts, byte strides, bits, order, offset)."""
+    word = layout.word_dtype.itemsize
+    along, lines = (shape[1], shape[0]) if layout.axis == "in" else (shape[0], shape[1])
+    code_axis, code_line = (1, stride) if layout.axis == "in" else (stride, 1)
+    words = along * layout.bits // (8 * word)
+    packed_is_inner = (layout.axis == "in") != layout.transposed
+    byte_axis, byte_line = (word, words * word) if packed_is_inner else (lines * word, word)
+    order = np.asarray(layout.order or (0,), dtype=np.int64)
+    return code_axis, code_line, along, lines, byte_axis, byte_line, word, layout.bits, order, layout.offset
+
+
+@_jit
+def _pack_in_transposed_4(lanes, stride, rows, words, stored, flip):  # type: ignore[no-untyped-def]
+    low = np.uint64(0x0F0F0F0F0F0F0F0F)
+    turn = np.uint64(flip)
+    for r0 in range(0, rows, _WORDS):
+        r1 = min(r0 + _WORDS, rows)
+        for w in range(words):
+            for r in range(r0, r1):
+                x = (lanes[r * stride + w] ^ turn) & low
+                x = (x | (x >> np.uint64(4))) & np.uint64(0x00FF00FF00FF00FF)
+                x = (x | (x >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
+                stored[w * rows + r] = np.uint32((x | (x >> np.uint64(16))) & np.uint64(0xFFFFFFFF))
+
+
+@_jit
+def _unpack_in_transposed_4(words, stride, rows, count, codes):  # type: ignore[no-untyped-def]
+    high = np.uint64(0x8080808080808080)
+    eight = np.uint64(0x0808080808080808)
+    for r0 in range(0, rows, _WORDS):
+        r1 = min(r0 + _WORDS, rows)
+        for w in range(count):
+            for r in range(r0, r1):
+                x = np.uint64(words[w * stride + r])
+                x = (x | (x << np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
+                x = (x | (x << np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
+                x = (x | (x << np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+                codes[r * count + w] = ((x | high) - eight) ^ high
+
+
+@_jit
+def _pack_in_transposed_8(lanes, stride, rows, words, stored, flip):  # type: ignore[no-untyped-def]
+    turn = np.uint32(flip & 0xFFFFFFFF)
+    for r0 in range(0, rows, _WORDS):
+        r1 = min(r0 + _WORDS, rows)
+        for w in range(words):
+            for r in range(r0, r1):
+                stored[w * rows + r] = lanes[r * stride + w] ^ turn
+
+
+@_jit
+def _unpack_in_transposed_8(words, stride, rows, count, codes):  # type: ignore[no-untyped-def]
+    for r0 in range(0, rows, _WORDS):
+        r1 = min(r0 + _WORDS, rows)
+        for w in range(count):
+            for r in range(r0, r1):
+                codes[r * count + w] = words[w * stride + r] ^ np.uint32(0x80808080)
+
+
+@_jit
+def _pack_out_transposed(source, stride, words, cols, stored, shifts, offset, mask):  # type: ignore[no-untyped-def]
+    span = len(shifts)
+    block = np.empty((_WORDS, 64), dtype=np.uint32)
+    for w0 in range(0, words, _WORDS):
+        wn = min(_WORDS, words - w0)
+        for c0 in range(0, cols, 64):
+            cn = min(64, cols - c0)
+            for w in range(wn):
+                for c in range(cn):
+                    block[w, c] = 0
+                for j in range(span):
+                    at = ((w0 + w) * span + j) * stride + c0
+                    shift = shifts[j]
+                    row, lanes = source[at : at + cn], block[w]
+                    for c in range(cn):
+                        lanes[c] |= np.uint32((np.int32(row[c]) + np.int32(offset)) & np.int32(mask)) << shift
+            for c in range(cn):
+                for w in range(wn):
+                    stored[(c0 + c) * words + w0 + w] = block[w, c]
+
+
+@_jit
+def _unpack_out_transposed(words, stride, count, cols, codes, shifts, turn, mask, low):  # type: ignore[no-untyped-def]
+    span = len(shifts)
+    block = np.empty((_WORDS, 64), dtype=np.uint32)
+    for w0 in range(0, count, _WORDS):
+        wn = min(_WORDS, count - w0)
+        for c0 in range(0, cols, 64):
+            cn = min(64, cols - c0)
+            for c in range(cn):
+                for w in range(wn):
+                    block[w, c] = words[(c0 + c) * stride + w0 + w]
+            for w in range(wn):
+                for j in range(span):
+                    at = ((w0 + w) * span + j) * cols + c0
+                    shift = shifts[j]
+                    row, lanes = codes[at : at + cn], block[w]
+                    for c in range(cn):
+                        row[c] = np.int8(((np.int32(lanes[c] >> shift) - np.int32(turn)) & np.int32(mask)) + np.int32(low))
+
+
+@_jit
+def _pack_stream(  # type: ignore[no-untyped-def]
+    source, code_axis, code_line, along, lines, byte_axis, byte_line, word, bits, order, offset, stored
+):
+    mask = np.uint32((1 << bits) - 1)
+    for line in range(lines):
+        held = np.uint32(0)
+        filled = 0
+        byte = 0
+        for j0 in range(0, along, len(order)):
+            for i in range(len(order)):
+                code = np.int32(source[line * code_line + (j0 + order[i]) * code_axis])
+                held |= (np.uint32(code + np.int32(offset)) & mask) << np.uint32(filled)
+                filled += bits
+                while filled >= 8:
+                    stored[line * byte_line + (byte // word) * byte_axis + byte % word] = np.uint8(held & np.uint32(255))
+                    held >>= np.uint32(8)
+                    filled -= 8
+                    byte += 1
+
+
+@_jit
+def _unpack_stream(  # type: ignore[no-untyped-def]
+    codes, code_axis, code_line, along, lines, byte_axis, byte_line, word, bits, order, offset, stored, low
+):
+    mask = np.uint32((1 << bits) - 1)
+    turn = np.int32(offset + low)
+    for line in range(lines):
+        held = np.uint32(0)
+        filled = 0
+        byte = 0
+        for j0 in range(0, along, len(order)):
+            for i in range(len(order)):
+                while filled < bits:
+                    read = np.uint32(stored[line * byte_line + (byte // word) * byte_axis + byte % word])
+                    held |= read << np.uint32(filled)
+                    filled += 8
+                    byte += 1
+                lane = (np.int32(held & mask) - turn) & np.int32(mask)
+                codes[line * code_line + (j0 + order[i]) * code_axis] = np.int8(lane + np.int32(low))
+                held >>= np.uint32(bits)
+                filled -= bits
+
+
+@_jit
+def _dequantize(  # type: ignore[no-untyped-def]
+    codes, stride, rows, cols, groups, scales, zeros, has_zero, starts, ends, run_group, weights
+):
+    nought = np.float32(0.0)
+    for r in range(rows):
+        for run in range(len(starts)):
+            scale = scales[r * groups + run_group[run]]
+            zero = zeros[r * groups + run_group[run]] if has_zero else nought
+            count = ends[run] - starts[run]
+            code_run = codes[r * stride + starts[run] : r * stride + ends[run]]
+            weight_run = weights[r * cols + starts[run] : r * cols + ends[run]]
+            for c in range(count):
+                weight_run[c] = scale * (np.float32(code_run[c]) - zero) + nought
+
+
+@_jit
+def _code_range(codes, stride, rows, cols):  # type: ignore[no-untyped-def]
+    low = np.int8(127)
+    high = np.int8(-128)
+    for r in range(rows):
+        for c in range(r * stride, r * stride + cols):
+            low = min(low, codes[c])
+            high = max(high, codes[c])
+    return low, high
+
+
+@_jit
+def _equal(left, left_stride, right, right_stride, rows, cols):  # type: ignore[no-untyped-def]
+    for r in range(rows):
+        different = np.int8(0)
+        left_row = left[r * left_stride : r * left_stride + cols]
+        right_row = right[r * right_stride : r * right_stride + cols]
+        for c in range(cols):
+            different |= left_row[c] ^ right_row[c]
+        if different:
+            return False
+    return True
