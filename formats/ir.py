@@ -30,20 +30,25 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from .errors import RefusedError, UnreadableError
+from .regions import Array, Region, assemble
+
+__all__ = [
+    "E2M1_VALUES", "NF4_VALUES", "ActOrder", "Array", "ArrayLike", "AttentionQuant", "Element", "Extra", "LazyArray", "PlainTensor",
+    "QuantArgs", "QuantScheme", "QuantizedLinear", "Region", "Strategy", "as_grid", "assemble", "check_grid", "dequantize",
+    "element_values", "read", "scale_grid", "unknowable",
+]  # fmt: skip
 
 Element = Literal["int", "e4m3", "e5m2", "e2m1", "nf4"]
 Strategy = Literal["tensor", "channel", "group", "block", "token"]
 ActOrder = Literal["group", "static"]
-Array = npt.NDArray[Any]
 
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
 """FP4 (E2M1) values by code, as the OCP Microscaling specification 1.0 lists them; bit 3 is the sign."""
@@ -144,77 +149,6 @@ class QuantScheme:
         return f"W{w.bits}A{16 if a is None else a.bits}{kind} {where} {'sym' if w.symmetric else 'asym'}{order}{acts}"
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
-    """Where a layer lies inside a stored tensor.
-
-    tensor           name of the stored tensor
-    index            leading indices, e.g. (expert,) of a 3-D [experts, out, in] tensor
-    rows, cols       (start, stop, step) within the stored tensor once it is unpacked to [out, in]; step 2 is an
-                     element-wise interleaved gate/up
-    at               (out, in) where this part begins in the layer, (out, group) for scales: ranks hold parts
-    head_dim         set if rows were permuted for interleaved RoPE: stored row ``2*j + h`` of each head
-                     holds canonical row ``h * head_dim // 2 + j``
-    """
-
-    tensor: str
-    index: tuple[int, ...] = ()
-    rows: tuple[int, int, int] | None = None
-    cols: tuple[int, int, int] | None = None
-    at: tuple[int, int] = (0, 0)
-    head_dim: int | None = None
-
-    def take(self, stored: Array) -> Array:
-        """The part's canonical ``[out, ...]`` array out of ``stored`` (a view unless permuted)."""
-        part = (stored[self.index] if self.index else stored)[self._cut(stored.ndim - len(self.index))]
-        return part if self.head_dim is None else part[self._stored_row(part.shape[0])]
-
-    def put(self, stored: Array, part: Array) -> None:
-        """The inverse of ``take``: writes ``part`` to its place in ``stored``."""
-        if self.head_dim is not None:
-            permuted = np.empty_like(part)
-            permuted[self._stored_row(part.shape[0])] = part
-            part = permuted
-        (stored[self.index] if self.index else stored)[self._cut(stored.ndim - len(self.index))] = part
-
-    def _cut(self, dimensions: int) -> tuple[slice, ...]:
-        cuts = tuple(slice(None) if cut is None else slice(*cut) for cut in (self.rows, self.cols))
-        return cuts[:dimensions]
-
-    def _stored_row(self, rows: int) -> Array:
-        """For each canonical row, the stored row that holds it."""
-        assert self.head_dim is not None
-        head, within = np.divmod(np.arange(rows), self.head_dim)
-        half, j = np.divmod(within, self.head_dim // 2)
-        return np.asarray(head * self.head_dim + 2 * j + half)
-
-
-def assemble(regions: Sequence[Region], stored: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
-    """The layer's whole array (``[out, in]``, or ``[out]`` for a bias) out of all its parts; a copy.
-
-    raises UnreadableError if a stored tensor is missing, dtypes differ, or the parts do not tile ``shape`` exactly
-    """
-    parts: list[tuple[tuple[slice, ...], Array]] = []
-    for region in regions:
-        if region.tensor not in stored:
-            raise UnreadableError(f"{region.tensor}: is missing, and a part of the layer lies in it")
-        part = region.take(stored[region.tensor])
-        place = tuple(slice(begin, begin + length) for begin, length in zip(region.at, part.shape, strict=False))
-        if part.ndim != len(shape) or any(cut.stop > length for cut, length in zip(place, shape, strict=True)):
-            raise UnreadableError(f"{region.tensor}: a part of shape {part.shape} at {region.at} leaves the layer's {shape}")
-        if any(all(a.start < b.stop and b.start < a.stop for a, b in zip(place, other, strict=True)) for other, _ in parts):
-            raise UnreadableError(f"{region.tensor}: a part of shape {part.shape} at {region.at} lies upon another")
-        if parts and part.dtype != parts[0][1].dtype:
-            raise UnreadableError(f"{region.tensor}: is {part.dtype}, another part of the layer {parts[0][1].dtype}")
-        parts.append((place, part))
-    if not parts or sum(part.size for _, part in parts) != int(np.prod(shape)):
-        raise UnreadableError(f"{len(parts)} parts do not fill a layer of shape {shape}; one is missing")
-    whole = np.empty(shape, dtype=parts[0][1].dtype)
-    for place, part in parts:
-        whole[place] = part
-    return whole
-
-
 ExtraKind = Literal["derived", "functional", "provenance"]
 
 
@@ -312,6 +246,8 @@ class QuantizedLinear:
         Values are not looked at: what only the data can say is probed by the plan.
         """
         out, in_ = self.shape
+        if not (out and in_):
+            raise UnreadableError(f"{self.name}: has shape [out, in] = {[out, in_]}; a layer without weights is none")
         if tuple(self.codes.shape) != self.shape:
             raise UnreadableError(f"{self.name}: codes have shape {tuple(self.codes.shape)}, wanted {self.shape}")
         check_grid(self.name, "scales", tuple(self.scales.shape), self.groups)
@@ -423,9 +359,9 @@ def element_values(codes: Array, element: Element) -> Array:
     if element == "int":
         return codes.astype(np.float32)
     if element == "e4m3":
-        return codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        return np.asarray(codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
     if element == "e5m2":
-        return codes.view(ml_dtypes.float8_e5m2).astype(np.float32)
+        return np.asarray(codes.view(ml_dtypes.float8_e5m2).astype(np.float32))
     table = E2M1_VALUES if element == "e2m1" else NF4_VALUES
     if codes.size and int(codes.max()) > 15:
         raise UnreadableError(f"a 4-bit {element} code is {int(codes.max())}, wanted 0 to 15")

@@ -18,7 +18,7 @@ from .layouts import PackLayout
 _WORDS = 16
 """Words per block of a transposing kernel: 16 words of 4 bytes fill a cache line."""
 
-_jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+_jit: Any = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 
 
 def pack(layout: PackLayout, codes: Array, stored: Array) -> None:
@@ -27,8 +27,8 @@ def pack(layout: PackLayout, codes: Array, stored: Array) -> None:
     swar = layout.transposed and layout.axis == "in" and layout.word == "<i4" and not layout.order
     if swar and layout.bits in (4, 8) and flip in (0, 1 << (layout.bits - 1)):
         lanes, stride = _flat_words(codes, np.dtype(np.uint64 if layout.bits == 4 else np.uint32))
-        kernel = _pack_in_transposed_4 if layout.bits == 4 else _pack_in_transposed_8
-        kernel(lanes, stride, codes.shape[0], stored.shape[0], _mutable(stored, np.uint32), flip * 0x0101010101010101)
+        kernel: Any = _pack_in_transposed_4 if layout.bits == 4 else _pack_in_transposed_8
+        kernel(lanes, stride, codes.shape[0], stored.shape[0], _mutable(stored, np.uint32), np.uint64(flip * 0x0101010101010101))
     elif _word_by_word(layout):
         source, stride = _flat(codes)
         shifts = _shifts(layout)
@@ -185,7 +185,7 @@ def _unpack_in_transposed_4(words, stride, rows, count, codes):  # type: ignore[
 
 @_jit
 def _pack_in_transposed_8(lanes, stride, rows, words, stored, flip):  # type: ignore[no-untyped-def]
-    turn = np.uint32(flip & 0xFFFFFFFF)
+    turn = np.uint32(flip & np.uint64(0xFFFFFFFF))
     for r0 in range(0, rows, _WORDS):
         r1 = min(r0 + _WORDS, rows)
         for w in range(words):

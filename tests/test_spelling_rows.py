@@ -154,13 +154,13 @@ RANKS = {"w.0": np.array([[1, 2]]), "w.1": np.array([[3, 4]])}
 
 
 def test_assemble_refuses_a_part_upon_another() -> None:
-    with pytest.raises(UnreadableError, match="w.1: .* lies upon another"):
+    with pytest.raises(UnreadableError, match=r"w\.1: .* lies upon another"):
         assemble([Region("w.0"), Region("w.1")], RANKS, (2, 2))
 
 
 def test_assemble_refuses_parts_of_two_dtypes() -> None:
     parts = {"w.0": np.array([[1, 2]], dtype=np.int8), "w.1": np.array([[300.5, 4.0]], dtype=np.float32)}
-    with pytest.raises(UnreadableError, match="w.1: is float32, another part of the layer int8"):
+    with pytest.raises(UnreadableError, match=r"w\.1: is float32, another part of the layer int8"):
         assemble([Region("w.0"), Region("w.1", at=(1, 0))], parts, (2, 2))
 
 

@@ -1,0 +1,238 @@
+"""The lazy view of a checkpoint: headers are read at once, weights only in the rectangles that are asked for."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .errors import UnreadableError
+from .ir import Array, PlainTensor, QuantizedLinear
+from .safetensors_file import SourceFile, TensorSet, open_index, read_json
+
+
+@dataclass(frozen=True)
+class Location:
+    """What the user pointed at: a folder, or one file in it.
+
+    file          the file if one was named, else None
+    description   a description JSON named apart (``ms_to_vllm --json``)
+    base          the float model's folder, if one was named
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    file: Path | None = None
+    description: Path | None = None
+    base: Location | None = None
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], description: str | os.PathLike[str] | None = None, base: Location | None = None) -> Location:
+        """Look at ``path``; ``UnreadableError`` if there is nothing to read."""
+        where = Path(path)
+        described = None if description is None else Path(description)
+        if described is not None and not described.is_file():
+            raise UnreadableError(f"{described}: there is no such file")
+        try:
+            if where.is_dir():
+                return cls(where, tuple(sorted(os.listdir(where))), None, described, base)
+            if where.is_file():
+                return cls(where.parent, tuple(sorted(os.listdir(where.parent))), where, described, base)
+        except OSError as error:
+            raise UnreadableError(f"{where}: cannot be read ({error.strerror or error})") from None
+        raise UnreadableError(f"{where}: there is no such file or folder")
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in ``name`` beside the weights, or None if there is no such file."""
+        return read_json(self.folder / name) if name in self.names else None
+
+    def tensors(self, prefix: str = "") -> TensorSet:
+        """Open the weights: the named file, else an index, else the single safetensors file of the folder.
+
+        prefix   names that begin with it are preferred (an index copied from the base model must not win)
+        """
+        if self.file is not None and self.file.name.endswith(".safetensors"):
+            return TensorSet([self.file])
+        if self.file is not None and self.file.name.endswith(".safetensors.index.json"):
+            return open_index(self.folder, self.file)
+        weights = [name for name in self.names if name.endswith(".safetensors")]
+        indexes = [name for name in self.names if name.endswith(".safetensors.index.json")]
+        if prefix and any(name.startswith(prefix) for name in weights + indexes):
+            weights = [name for name in weights if name.startswith(prefix)]
+            indexes = [name for name in indexes if name.startswith(prefix)]
+        if len(indexes) == 1:
+            return open_index(self.folder, self.folder / indexes[0])
+        if len(indexes) > 1:
+            raise UnreadableError(f"{self.folder.name}: several indexes ({', '.join(indexes)}); name the one to read")
+        if "model.safetensors" in weights:
+            weights = ["model.safetensors"]
+        if len(weights) != 1:
+            found = "no .safetensors file" if not weights else f"{len(weights)} .safetensors files and no index"
+            raise UnreadableError(f"{self.folder.name}: {found}; name the weight file, or put its index beside it")
+        return TensorSet([self.folder / weights[0]])
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A stored tensor that is no part of the model, under a condition that the probe checks.
+
+    condition   "zero": all its values are 0; "equal": its bytes equal tensor ``other``'s
+    why         what it is, for people; otherwise: what follows if the condition does not hold
+    """
+
+    tensor: str
+    condition: Literal["zero", "equal"]
+    other: str
+    why: str
+    otherwise: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A layer that the reader recognises by name and does not read yet."""
+
+    name: str
+    type: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that looks wrong, or that a user would want to know; ``inspect`` prints it."""
+
+    code: str
+    where: str
+    what: str
+
+
+class Checkpoint:
+    """Quantized layers and plain tensors of one checkpoint, in file order. A format's reader subclasses it.
+
+    entries       ("layer" | "plain", name) in the order of the stored tensors; names are canonical
+    functional    stored tensors that change what the model computes and that no field of the IR holds here
+    attention     KV-cache scales and the like, by stored name
+    config        config.json without its quantization_config, or None
+    """
+
+    def __init__(self, location: Location, format: str, variant: str, tensors: TensorSet) -> None:
+        self.location = location
+        self.format = format
+        self.variant = variant
+        self.tensors = tensors
+        self.entries: list[tuple[Literal["layer", "plain"], str]] = []
+        self.left_out: list[LeftOut] = []
+        self.unsupported: list[Unsupported] = []
+        self.functional: list[str] = []
+        self.attention: list[str] = []
+        self.findings: list[Finding] = []
+        config = location.json("config.json")
+        self.quantization = None if config is None else config.pop("quantization_config", None)
+        self.config = config
+
+    @property
+    def model_type(self) -> str | None:
+        """config.json's model_type, of the base model if one was named, else of the checkpoint's own folder."""
+        base = self.location.base
+        found = (self.config if base is None else base.json("config.json")) or {}
+        return found["model_type"] if isinstance(found.get("model_type"), str) else None
+
+    def layer(self, name: str) -> QuantizedLinear:
+        """The quantized layer ``name``; its codes and scales are read when asked for."""
+        raise NotImplementedError
+
+    def layer_tensors(self, name: str) -> tuple[str, ...]:
+        """Stored tensors that layer ``name`` is made of."""
+        raise NotImplementedError
+
+    def plain(self, name: str) -> PlainTensor:
+        """The plain tensor ``name``, as a view."""
+        info = self.tensors[name]
+        return PlainTensor(name, info.dtype, info.shape, self.tensors.array(name))
+
+    @property
+    def layer_names(self) -> list[str]:
+        return [name for kind, name in self.entries if kind == "layer"]
+
+    @property
+    def plain_names(self) -> list[str]:
+        return [name for kind, name in self.entries if kind == "plain"]
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        return tuple(file.identity for file in self.tensors.files)
+
+    def changed_file(self) -> str | None:
+        """The first source file that is no longer what it was when the checkpoint was opened, or None."""
+        return next((file.path.name for file in self.tensors.files if not file.unchanged()), None)
+
+    def release(self, names: Sequence[str]) -> None:
+        """Give back the pages of stored tensors ``names``."""
+        for name in names:
+            self.tensors.release(name)
+
+
+@dataclass(frozen=True, slots=True)
+class IntegralZeros:
+    """Zero points stored in any dtype, as int16 in the signed domain (``LazyArray``).
+
+    stored    2-D array broadcastable to [out, groups]; low, high: the range that bits allow
+    raises    UnreadableError where a value is not an integer in the range
+    """
+
+    name: str
+    stored: Array
+    low: int
+    high: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.stored.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.int16)
+
+    def read(self, rows: slice = slice(None), cols: slice = slice(None)) -> Array:
+        part = self.stored[rows, cols] if self.stored.ndim == 2 else self.stored[rows]
+        if not part.any():
+            return np.zeros(part.shape, dtype=np.int16)
+        values = part.astype(np.float32)
+        whole = np.rint(values)
+        if not np.array_equal(whole, values) or (whole.size and not (self.low <= whole.min() and whole.max() <= self.high)):
+            bad = values[~((whole == values) & (whole >= self.low) & (whole <= self.high))]
+            raise UnreadableError(
+                f"{self.name}: holds the zero point {bad.flat[0]}, wanted integers from {self.low} to {self.high}; "
+                "the file is damaged or was written for another bit width"
+            )
+        return whole.astype(np.int16)
+
+
+_IN_BLOCK = re.compile(r"(?:^|\.)\d+\.")
+
+
+def float_linears(checkpoint: Checkpoint) -> list[str]:
+    """Full dotted names of linears that are plain 2-D ``.weight`` tensors inside numbered blocks: left in float."""
+    return [
+        name[: -len(".weight")]
+        for name in checkpoint.plain_names
+        if name.endswith(".weight") and len(checkpoint.tensors[name].shape) == 2 and _IN_BLOCK.search(name)
+    ]
+
+
+def modules_in_every_block(quantized: Sequence[str], left_in_float: Sequence[str]) -> list[str] | None:
+    """Relative names of quantized modules if all numbered blocks, wholly float ones too, have the same, else None."""
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for name in quantized:
+        if match := _IN_BLOCK.search(name):
+            blocks[name[: match.end()]].append(name[match.end() :])
+    for name in left_in_float:
+        if match := _IN_BLOCK.search(name):
+            blocks.setdefault(name[: match.end()], [])
+    first = next(iter(blocks.values()), None)
+    return first if first and all(set(block) == set(first) for block in blocks.values()) else None

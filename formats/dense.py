@@ -1,0 +1,80 @@
+"""Dense: an ordinary Hugging Face folder with float weights; what a quantized checkpoint dequantizes to.
+
+Defined by transformers: model.safetensors (or shards and model.safetensors.index.json), ``weight`` [out, in] of each linear in
+the dtype that config.json's ``torch_dtype`` (``dtype`` since transformers 5) says.
+
+Law: the weight is itself. Written from a quantized layer it is the law's float32 value, rounded to the folder's dtype unless
+that is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .checkpoint import Checkpoint, Location
+from .errors import RefusedError
+from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
+
+
+def detect(location: Location) -> str | None:
+    """The variant that the folder says it is, or None."""
+    config = location.json("config.json")
+    if config is None or config.get("quantization_config") is not None:
+        return None
+    return "hf"
+
+
+class Dense(Checkpoint):
+    """Reader of float folders: every tensor is plain."""
+
+    def __init__(self, location: Location, variant: str) -> None:
+        super().__init__(location, "dense", variant, location.tensors())
+        if any(name.endswith((".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")) for name in self.tensors):
+            raise RefusedError(
+                f"{location.folder.name}: holds quantized tensors, but config.json has no quantization_config that says how; "
+                "put back the config that came with the weights"
+            )
+        self.entries = [("plain", name) for name in self.tensors]
+
+
+def outputs(layer: LayerTarget, variant: str) -> tuple[TensorSpec, ...]:
+    """``weight`` in the scale dtype that was chosen, and bias where there is one."""
+    specs = (TensorSpec(f"{layer.name}.weight", layer.scale_dtype, layer.shape, "weight"),)
+    bias = layer.bias_dtype
+    return specs if bias is None else (*specs, TensorSpec(f"{layer.name}.bias", bias, (layer.shape[0],), "bias"))
+
+
+def quantization_config(model: ModelFacts, variant: str) -> tuple[Mapping[str, Any], None]:
+    """A dense folder has none."""
+    return {}, None
+
+
+SPEC = FormatSpec(
+    name="dense",
+    tool="transformers",
+    about="float weights in an ordinary Hugging Face folder",
+    variants=(
+        Variant(
+            "hf",
+            "dequantized weights",
+            Capabilities(
+                elements=("int", "e4m3", "e5m2", "e2m1", "nf4"),
+                bits=(2, 3, 4, 5, 6, 7, 8),
+                strategies=("tensor", "channel", "group", "block"),
+                act_order=("group", "static"),
+                scale_dtypes=("F16", "BF16", "F32"),
+                mixed_bits=True,
+                mixed_groups=True,
+                lm_head=True,
+                fused_alike=False,
+            ),
+            readers="everything",
+        ),
+    ),
+    detect=detect,
+    open=Dense,
+    outputs=outputs,
+    quantization_config=quantization_config,
+    default_variant="hf",
+)

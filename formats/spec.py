@@ -1,0 +1,141 @@
+"""What a format is to the rest of Weighbridge: one frozen row of data and three functions.
+
+``FormatSpec`` is that row. ``Capabilities`` says what a variant can hold; only ``convert.plan`` compares it with layers.
+A format's writer is data too: ``outputs`` lists the tensors that spell one layer (``TensorSpec``: name, dtype, shape,
+which part of the law it holds, in which layout), and the engine in ``convert.run`` fills them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from .ir import ActOrder, Element, QuantScheme, Strategy
+from .layouts import PackLayout
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint, Location
+
+Part = Literal["codes", "scales", "zero_points", "g_idx", "bias", "weight"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor that a format stores for a layer.
+
+    part        what it holds of the law; layout: how codes or zero points sit in its words
+    transposed  scales are stored [groups, out] instead of [out, groups]
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    part: Part
+    layout: PackLayout | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTarget:
+    """A layer as the target will spell it: what ``outputs`` and ``quantization_config`` need, without any data.
+
+    group_size is inputs per scale (-1: one per channel); scale_dtype and bias_dtype are safetensors names.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: QuantScheme
+    scale_dtype: str
+    bias_dtype: str | None
+
+    @property
+    def group_size(self) -> int:
+        return self.scheme.weights.group_size or -1
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.group_size == -1 else self.shape[1] // self.group_size
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a folder's quantization config must say about the whole model.
+
+    layers        every quantized layer as it will be spelled; float_linears: linears left in float, full dotted names
+    model_dtype   torch dtype name that the engine should compute in ("float16", "bfloat16"), or None to leave it
+    """
+
+    layers: tuple[LayerTarget, ...]
+    float_linears: tuple[str, ...]
+    model_dtype: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What one variant of a format can hold.
+
+    elements, bits, strategies   of the weights
+    group_sizes                  inputs per group that its readers take; the first is preferred for per-channel sources
+    smallest_zero                smallest zero point, in steps above the smallest code (GPTQ v1 stores z - 1: 1)
+    symmetric, asymmetric        whether it holds layers without, and with, a zero point
+    act_order                    kinds of irregular g_idx
+    scale_dtypes                 safetensors names; the first is what its loaders want
+    inputs                       holds activation quantization
+    multiple_of                  (out, in) must be multiples of these
+    mixed_bits, mixed_groups     whether layers may differ within one folder
+    lm_head                      whether lm_head may be quantized
+    fused_alike                  whether its consumers fuse q/k/v and gate/up, which must then agree
+    """
+
+    elements: tuple[Element, ...] = ("int",)
+    bits: tuple[int, ...] = ()
+    strategies: tuple[Strategy, ...] = ()
+    group_sizes: tuple[int, ...] = ()
+    smallest_zero: int = 0
+    symmetric: bool = True
+    asymmetric: bool = True
+    act_order: tuple[ActOrder, ...] = ()
+    scale_dtypes: tuple[str, ...] = ()
+    inputs: bool = False
+    multiple_of: tuple[int, int] = (1, 1)
+    mixed_bits: bool = False
+    mixed_groups: bool = False
+    lm_head: bool = False
+    fused_alike: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A dialect of a format, written ``format:variant``; ``holds`` is None where it can be read but not written yet."""
+
+    name: str
+    about: str
+    holds: Capabilities | None
+    readers: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FormatSpec:
+    """A format: its row in the registry.
+
+    detect               the variant if the location holds this format, else None; looks at names and configs only
+    open                 headers only; the returned checkpoint reads layers lazily
+    outputs              the tensors that spell one layer in a variant, or None if the format cannot be written yet
+    quantization_config  ({file name: JSON object}, quantization_config for config.json) of a folder
+    """
+
+    name: str
+    tool: str
+    about: str
+    variants: tuple[Variant, ...]
+    detect: Callable[[Location], str | None]
+    open: Callable[[Location, str], Checkpoint]
+    outputs: Callable[[LayerTarget, str], tuple[TensorSpec, ...]] | None = None
+    quantization_config: Callable[[ModelFacts, str], tuple[Mapping[str, Any], dict[str, Any] | None]] | None = None
+    default_variant: str = field(default="")
+
+    def variant(self, name: str) -> Variant | None:
+        """The variant called ``name`` ("" means the default), or None."""
+        wanted = name or self.default_variant
+        return next((variant for variant in self.variants if variant.name == wanted), None)
