@@ -1,0 +1,42 @@
+# Everything a clone needs: `make demo` and `make test` set themselves up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PYTHONWARNINGS =
+
+.PHONY: demo test oracles lint bench clean
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Weighbridge needs Python 3.10 or later; this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(BIN)/pip install --quiet --editable '.[test]'
+	@touch $@
+
+# Convert what the real msModelSlim wrote to AutoAWQ and AutoGPTQ folders, prove both, print a table.
+demo: $(VENV)/.core
+	@$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The real AutoAWQ and AutoGPTQ, each in its own environment outside this folder, judge what Weighbridge writes.
+oracles: $(VENV)/.test
+	$(BIN)/nox --sessions autoawq autogptq
+
+bench: $(VENV)/.core
+	cd scripts && ../$(BIN)/python bench.py --plan
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

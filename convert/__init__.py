@@ -1,0 +1,34 @@
+"""Plan, run, prove and report conversions. Each verb of the command line is one function here, with the same options."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine import Result, convert, run
+    from .inspection import Report, inspect
+    from .planning import plan
+    from .proof import Fingerprint
+    from .records import Plan
+    from .verification import Verdict, fingerprint, verify
+
+__all__ = ["Fingerprint", "Plan", "Report", "Result", "Verdict", "convert", "fingerprint", "inspect", "plan", "run", "verify"]
+
+_HOMES = {
+    "plan": "planning", "Plan": "records", "convert": "engine", "run": "engine", "Result": "engine",
+    "verify": "verification", "Verdict": "verification", "fingerprint": "verification", "Fingerprint": "proof",
+    "inspect": "inspection", "Report": "inspection",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a verb's module when the verb is first used, so that none pays for the others.
+
+    No module here may have a verb's name: importing it would set the package's attribute to the module.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module 'convert' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,5 @@
+"""``python -m convert``: the ``weighbridge`` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,340 @@
+"""The command line: parses, calls the library function of the same name, prints. Nothing is decided here."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_module
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from formats import FORMATS
+from formats.errors import NotSameError, RefusedError, UsageError, WeighbridgeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Carry quantized LLM weights between formats, and prove that nothing was lost.\n\n"
+    "Exit codes: 0 done; 1 failed; 2 usage; 3 refused (the target cannot hold it, or a loss was not allowed); "
+    "4 not the same; 5 unreadable or unsafe input.",
+)
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+
+
+class Failing(TyperCommand):
+    """A command whose Weighbridge errors become one sentence on stderr (or a JSON object) and the class's exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except WeighbridgeError as error:
+            if ctx.params.get("json") is True:
+                _print_json({"error": str(error), "exit_code": error.exit_code})
+            else:
+                typer.echo(f"{ctx.info_name}: {error}", err=True)
+            raise SystemExit(error.exit_code) from None
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json_module.dumps(content, indent=2, ensure_ascii=False, default=str))
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, total: int | None, quiet: bool = False) -> Iterator[Callable[[int], None] | None]:
+    """A rich progress bar on stderr with bytes, rate and time left; None where stderr is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", text.strip().upper())
+    if not match:
+        raise UsageError(f"{text!r} is no size; wanted for example 5GB or 512MiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+
+
+@app.command(cls=Failing)
+def formats(json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
+    """The formats and variants, and what each can hold."""
+    rows = []
+    for spec in FORMATS:
+        for variant in spec.variants:
+            holds = variant.holds
+            row = {
+                "format": f"{spec.name}:{variant.name}",
+                "read": True,
+                "write": holds is not None,
+                "about": f"{spec.about}; {variant.about}",
+            }
+            if holds is not None:
+                row["holds"] = {
+                    "bits": list(holds.bits),
+                    "strategies": list(holds.strategies),
+                    "group_sizes": list(holds.group_sizes),
+                    "smallest_zero_point": holds.smallest_zero,
+                    "act_order": list(holds.act_order),
+                    "scale_dtypes": list(holds.scale_dtypes),
+                    "multiple_of": list(holds.multiple_of),
+                }
+            rows.append({**row, "readers": variant.readers, "tool": spec.tool})
+    if json:
+        _print_json(rows)
+        return
+    table = []
+    for row in rows:
+        held = row.get("holds")
+        holds_text = "read only for now" if not isinstance(held, dict) else _holds_text(held)
+        table.append([str(row["format"]), holds_text, str(row["about"]), str(row["readers"] or row["tool"])])
+    _table("Formats", ["format", "holds", "about", "read by / written by"], table)
+
+
+def _holds_text(held: dict[str, Any]) -> str:
+    parts = [f"{'/'.join(str(bits) for bits in held['bits'])} bits", "per " + "/".join(held["strategies"])]
+    if held["group_sizes"]:
+        parts.append("groups " + "/".join(str(size) for size in held["group_sizes"]))
+    if held["smallest_zero_point"]:
+        parts.append(f"zero points from {held['smallest_zero_point']}")
+    if held["act_order"]:
+        parts.append("act order")
+    if max(held["multiple_of"]) > 1:
+        parts.append(f"[out, in] multiples of {held['multiple_of'][0]} x {held['multiple_of'][1]}")
+    return ", ".join(parts)
+
+
+@app.command(cls=Failing)
+def inspect(
+    path: str = typer.Argument(..., help="A checkpoint's folder, or one of its files."),
+    layers: bool = typer.Option(False, "--layers", help="List every layer."),
+    json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Format, schemes by layer, sizes, bits per weight, what looks wrong."""
+    from .inspection import inspect as function
+
+    report = function(path)
+    if json:
+        _print_json(report.to_json())
+        return
+    typer.echo(f"{report.format}, {_gb(report.bytes)} in {len(report.files)} file(s)")
+    rows = [
+        [row.scheme, str(row.layers), f"{row.weights / 1e6:.2f} M", _gb(row.bytes), f"{row.bits_per_weight:.3f}", row.example]
+        for row in report.schemes
+    ]
+    rows.append(["not quantized", str(report.plain_tensors), "", _gb(report.plain_bytes), "", ""])
+    _table("Schemes", ["scheme", "layers", "weights", "bytes", "bits per weight", "for example"], rows, right=(1, 2, 3, 4))
+    if layers:
+        for name, scheme in report.layers.items():
+            typer.echo(f"{name}  {scheme}")
+    if report.float_linears:
+        more = "" if len(report.float_linears) <= 3 else f" and {len(report.float_linears) - 3} more"
+        typer.echo(f"linears left in float: {', '.join(report.float_linears[:3])}{more}")
+    for finding in report.findings[:20]:
+        typer.echo(f"[{finding.code}] {finding.where}: {finding.what}")
+    if len(report.findings) > 20:
+        typer.echo(f"... and {len(report.findings) - 20} more findings (--json lists them)")
+
+
+BASE_MODEL = typer.Option(None, "--base-model", help="Float model's folder: config.json, tokenizer. Default: beside the source.")
+ALLOW = typer.Option([], "--allow", metavar="CODE", help="A loss that may happen (the plan names it); may be repeated.")
+STRICT = typer.Option(False, "--strict", help="Refuse every loss, rounding of scales too.")
+SCALE_DTYPE = typer.Option(None, "--scale-dtype", metavar="keep|float16|bfloat16|float32", help="Default: what the target's loaders want.")
+SHARD = typer.Option("5GB", "--max-shard-size", help="Largest output file.")
+JOBS = typer.Option(None, "--jobs", min=1, help="Worker threads. Default: the CPUs that may be used.")
+JSON = typer.Option(False, "--json", help="Print JSON on stdout.")
+TO = typer.Option(..., "--to", metavar="FORMAT[:VARIANT]", help="awq, gptq, gptq:v1, gptq:v2, dense; `weighbridge formats` lists them.")
+
+
+@app.command(cls=Failing)
+def plan(
+    src: str = typer.Argument(..., help="The checkpoint to convert."),
+    to: str = TO,
+    base_model: str | None = BASE_MODEL,
+    allow: list[str] = ALLOW,
+    strict: bool = STRICT,
+    scale_dtype: str | None = SCALE_DTYPE,
+    max_shard_size: str = SHARD,
+    jobs: int | None = JOBS,
+    json: bool = JSON,
+) -> None:
+    """Steps, losses, refusals, output files, bytes, peak memory; writes nothing."""
+    from .planning import plan as function
+
+    decided = function(
+        src, to, base_model=base_model, allow=allow, strict=strict, scale_dtype=scale_dtype, max_shard_size=_size(max_shard_size), jobs=jobs
+    )
+    if json:
+        _print_json(decided.to_json())
+    else:
+        _print_plan(decided)
+    if decided.refusals:
+        raise SystemExit(RefusedError.exit_code)
+
+
+def _print_plan(decided: Any) -> None:
+    from .moves import MOVES
+    from .records import LOSSES
+
+    typer.echo(f"{decided.source_name} -> {decided.target_name}: {len(decided.layers)} layers, {len(decided.plain)} other tensors")
+    typer.echo(f"reads {_gb(decided.source_bytes)}, peak memory about {decided.peak_memory / 2**20:.0f} MiB over the interpreter")
+    rows = [["exact", move, str(count), MOVES[move]] for move, count in decided.move_counts().items()]
+    rows += [["loss", loss.code, str(loss.layers), f"{LOSSES[loss.code][1]}; error at most {loss.bound:.3g}"] for loss in decided.losses]
+    _table("Steps", ["kind", "step", "layers", "what it does"], rows, right=(2,))
+    for refusal in decided.refusals[:20]:
+        typer.echo(f"refused: {refusal}", err=True)
+    if len(decided.refusals) > 20:
+        typer.echo(f"refused: ... and {len(decided.refusals) - 20} more (--json lists them)", err=True)
+    if decided.files:
+        files = [[file.name, _gb(file.size), str(len(file.tensors))] for file in decided.files]
+        _table("Output files", ["file", "bytes", "tensors"], files, right=(1, 2))
+    for note in decided.notes:
+        typer.echo(f"note: {note}")
+
+
+@app.command(cls=Failing)
+def convert(
+    src: str = typer.Argument(..., help="The checkpoint to convert."),
+    dst: str = typer.Argument(..., help="The folder to write; it must not exist yet."),
+    to: str = TO,
+    base_model: str | None = BASE_MODEL,
+    allow: list[str] = ALLOW,
+    strict: bool = STRICT,
+    scale_dtype: str | None = SCALE_DTYPE,
+    max_shard_size: str = SHARD,
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder once the new one is whole."),
+    jobs: int | None = JOBS,
+    proof: bool = typer.Option(True, "--proof/--no-proof", help="Read everything back and compare it with the source."),
+    json: bool = JSON,
+) -> None:
+    """Convert a checkpoint, and prove the result against the source."""
+    from .engine import run
+    from .planning import plan as make_plan
+
+    decided = make_plan(
+        src, to, base_model=base_model, allow=allow, strict=strict, scale_dtype=scale_dtype, max_shard_size=_size(max_shard_size), jobs=jobs
+    )
+    decided.raise_if_refused()
+    with progress_bar("converting", decided.source_bytes, quiet=json) as progress:
+        result = run(decided, dst, overwrite=overwrite, proof=proof, progress=progress)
+    if json:
+        _print_json(result.to_json())
+    else:
+        echo_result(result)
+
+
+def echo_result(result: Any) -> None:
+    """What a conversion did, in a few lines."""
+    decided = result.plan
+    typer.echo(f"{result.destination}: {decided.target_name}, {len(decided.layers)} quantized layers, {_gb(decided.target_bytes)}")
+    for loss in decided.losses:
+        typer.echo(f"  {loss.code}: {loss.layers} layers, relative error at most {loss.bound:.3g} ({loss.worst})")
+    for note in (*decided.notes, *(f"missing: {item}" for item in result.missing)):
+        typer.echo(f"  note: {note}")
+    if result.source_fingerprint is None:
+        typer.echo("  not proved (--no-proof)")
+    elif result.exact:
+        typer.echo(f"  proved exact: every weight is bit for bit the source's; fingerprint {result.target_fingerprint.digest}")
+    else:
+        typer.echo("  proved: codes and zero points equal, rounded within the bounds above, everything else bit for bit")
+        typer.echo(f"  fingerprint {result.target_fingerprint.digest} (source {result.source_fingerprint.digest})")
+
+
+@app.command(cls=Failing)
+def verify(
+    a: str = typer.Argument(..., help="One checkpoint."),
+    b: str = typer.Argument(..., help="The other."),
+    jobs: int | None = JOBS,
+    json: bool = JSON,
+) -> None:
+    """Are these the same weights? From the two folders alone."""
+    from formats import open_checkpoint
+
+    from .proof import matrices
+    from .verification import verify as function
+
+    left, right = open_checkpoint(a), open_checkpoint(b)
+    total = sum(matrix.nbytes for matrix in matrices(left).values())
+    with progress_bar("verifying", total, quiet=json) as progress:
+        verdict = function(left, right, jobs=jobs, progress=progress)
+    if json:
+        _print_json(verdict.to_json())
+    else:
+        _print_verdict(verdict, a, b)
+    if not verdict.same:
+        raise SystemExit(NotSameError.exit_code)
+
+
+def _print_verdict(verdict: Any, a: str, b: str) -> None:
+    if verdict.same and not verdict.rounded:
+        typer.echo(f"the same: {verdict.compared} tensors, bit for bit; fingerprint {verdict.left.digest}")
+    elif verdict.same:
+        typer.echo(
+            f"the same but for rounding: {verdict.compared} tensors, codes and zero points equal; {len(verdict.rounded)} tensors have "
+            f"values rounded to the other side's dtype, relative difference at most {verdict.bound:.3g}"
+        )
+        typer.echo(f"fingerprints {verdict.left.digest} and {verdict.right.digest}")
+    else:
+        count = len(verdict.different) + len(verdict.only_left) + len(verdict.only_right)
+        typer.echo(f"not the same: {count} of {verdict.compared + len(verdict.only_left) + len(verdict.only_right)} tensors differ")
+        for comparison in verdict.different[:10]:
+            typer.echo(f"  {comparison.name}: {comparison.detail}")
+        for names, where in ((verdict.only_left, a), (verdict.only_right, b)):
+            for name in names[:5]:
+                typer.echo(f"  {name}: only in {where}")
+
+
+@app.command(cls=Failing)
+def fingerprint(
+    path: str = typer.Argument(..., help="A checkpoint's folder, or one of its files."),
+    tensors: bool = typer.Option(False, "--tensors", help="Also print the digest of every tensor."),
+    jobs: int | None = JOBS,
+    json: bool = JSON,
+) -> None:
+    """The digest of the weights: the same in every format that holds the same weights."""
+    from .verification import fingerprint as function
+
+    found = function(path, jobs=jobs)
+    if json:
+        content: dict[str, Any] = {"fingerprint": found.digest, "weights": found.weights, "rest": found.rest}
+        _print_json({**content, "tensors": {name: digest for name, (_, digest) in sorted(found.tensors.items())}})
+        return
+    typer.echo(f"{found.digest}  {path}")
+    if tensors:
+        for name, (shape, digest) in sorted(found.tensors.items()):
+            typer.echo(f"{digest}  {name} {list(shape)}")
+
+
+def main() -> None:
+    """Entry point of ``weighbridge``."""
+    app()

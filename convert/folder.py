@@ -1,0 +1,97 @@
+"""What makes a folder load as it is: config, quantization config, index, tokenizer, generation config, model card.
+
+Everything beside the weights comes from the base model's folder (``--base-model``, else the source's own), copied verbatim but
+for config.json: a stale ``quantization_config`` there is dropped, ours is put in, and ``torch_dtype`` becomes the dtype in
+which the target's kernels compute.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from formats.checkpoint import Location
+from formats.errors import UnreadableError
+from formats.safetensors_file import MAX_HEADER_BYTES, index_json
+
+from .records import Plan, model_config
+
+CARRIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "*.model", "chat_template.json", "*.jinja",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "configuration_*.py",
+    "modeling_*.py", "tokenization_*.py", "processing_*.py", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""Names beside the weights that a loader (or a lawyer) needs; weights, indexes and descriptions are never among them."""
+
+
+def write_sidecars(plan: Plan, folder: Path) -> list[str]:
+    """Write every file beside the weights into ``folder``; returns what is missing for a folder that loads, in words."""
+    assert plan.spec.quantization_config is not None
+    base = plan.base or plan.checkpoint.location
+    others, quantization = plan.spec.quantization_config(plan.model, plan.variant.name)
+    config = model_config(plan.checkpoint, plan.base)
+    missing = []
+    if config is None:
+        missing.append(
+            "config.json: pass --base-model with the float model's folder, or copy its config.json and add our quantization config to it"
+        )
+    else:
+        _write_json(folder / "config.json", _with_quantization(config, quantization, plan.model.model_dtype))
+    for name, content in others.items():
+        if config is None or name != "quant_config.json":
+            _write_json(folder / name, content)
+    if len(plan.files) > 1:
+        (folder / "model.safetensors.index.json").write_text(index_json(plan.files), encoding="utf-8")
+    carried = _carry(base, folder)
+    if config is not None and not any(name.startswith("tokenizer") or name.endswith(".model") for name in carried):
+        missing.append("tokenizer files: there are none beside config.json")
+    (folder / "README.md").write_text(model_card(plan, base, config), encoding="utf-8")
+    return missing
+
+
+def _carry(base: Location, folder: Path) -> list[str]:
+    """Copy the base's files that a loader needs (through links: a hub cache is made of them)."""
+    names = [name for name in base.names if any(fnmatch.fnmatchcase(name, pattern) for pattern in CARRIED)]
+    for name in names:
+        source = base.folder / name
+        if not source.is_file():
+            continue
+        if source.stat().st_size > MAX_HEADER_BYTES:
+            raise UnreadableError(f"{name}: {source.stat().st_size} bytes is more than a tokenizer or config can need; remove it")
+        shutil.copyfile(source, folder / name)
+    return names
+
+
+def _with_quantization(config: dict[str, Any], quantization: dict[str, Any] | None, dtype: str | None) -> dict[str, Any]:
+    result = {key: value for key, value in config.items() if key not in {"quantization_config", "quantize"}}
+    if dtype is not None:
+        key = "dtype" if "dtype" in result and "torch_dtype" not in result else "torch_dtype"
+        result[key] = dtype
+    if quantization is not None:
+        result["quantization_config"] = quantization
+    return result
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def model_card(plan: Plan, base: Location, config: dict[str, Any] | None) -> str:
+    """README.md in the hub's form: what the weights are, where they came from, what was proved."""
+    named = (config or {}).get("_name_or_path")
+    name = named if isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named) else base.folder.resolve().name
+    quoted = name if re.fullmatch(r"[\w./-]+", name) else json.dumps(name, ensure_ascii=False)
+    lines = ["---", f"base_model: {quoted}", "base_model_relation: quantized", "library_name: transformers", "tags:"]
+    lines += [f"- {plan.spec.name}", "- weighbridge", "---", "", f"# {name}, {plan.target_name}", ""]
+    lines += [f"Converted by Weighbridge from {plan.source_name} to {plan.target_name}: {plan.spec.about}.", ""]
+    schemes = sorted({str(layer.target.scheme) for layer in plan.layers})
+    lines += [f"- {len(plan.layers)} quantized layers: {', '.join(schemes)}"]
+    lines += [f"- {len(plan.model.float_linears)} linears left in float"] if plan.model.float_linears else []
+    lines += [f"- {loss.code}: {loss.layers} layers, relative error at most {loss.bound:.3g}" for loss in plan.losses]
+    lines += ["- weighbridge.json holds the certificate; `weighbridge verify SOURCE THIS_FOLDER` checks it from the weights alone", ""]
+    return "\n".join(lines)

@@ -1,0 +1,441 @@
+"""Plan a conversion from headers: what each layer needs, what the target offers, and what every output file will be.
+
+This is the only place where a layer is compared with a target. For each layer the result is exact moves, a loss with a code
+and a measured bound, or a refusal that names the layer, what it needs, what the target offers and what to do. What headers
+cannot say (zero points, scales that overflow) is settled by ``probe``, which reads only the small tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+
+from formats import Checkpoint, find_format, open_checkpoint
+from formats.checkpoint import Location, float_linears, modules_in_every_block
+from formats.errors import RefusedError, UnreadableError, UsageError
+from formats.ir import QuantArgs, QuantizedLinear, QuantScheme, Strategy, read
+from formats.safetensors_file import DEFAULT_SHARD_BYTES, DTYPES, NAMES, OutputFile, lay_out
+from formats.spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, Variant
+
+from .probe import Cast, Facts, check_codes, measure_cast, zero_range
+from .records import LOSSES, LayerPlan, Loss, Plan, Refusal, model_config
+
+SCALE_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+TORCH_NAMES = {name: torch for torch, name in SCALE_DTYPES.items()}
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Linears that engines fuse into one, by leaf name: their schemes must agree."""
+
+
+def plan(
+    src: str | os.PathLike[str],
+    to: str,
+    *,
+    base_model: str | os.PathLike[str] | None = None,
+    allow: Iterable[str] = (),
+    strict: bool = False,
+    scale_dtype: str | None = None,
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    jobs: int | None = None,
+    probe: bool = True,
+    description: str | os.PathLike[str] | None = None,
+) -> Plan:
+    """Decide how ``src`` becomes format ``to``; reads headers, and with ``probe`` the small tensors; writes nothing.
+
+    to             "awq", "gptq", "gptq:v1", "dense", ...
+    base_model     folder with config.json and tokenizer; None: beside the source
+    allow          loss codes (``LOSSES``) that may happen beyond those done by default
+    strict         refuse every loss, rounding too
+    scale_dtype    "keep", "float16", "bfloat16", "float32"; None: what the target's loaders want
+    max_shard_size bytes of tensor data per output file; jobs: worker threads (None: the CPUs that may be used)
+    raises         UsageError, UnreadableError; refusals are in the plan, not raised
+    """
+    spec, variant, named = find_format(to)
+    if spec.outputs is None or variant.holds is None:
+        raise RefusedError(f"{spec.name} can be read, but not written yet; targets are awq, gptq and dense")
+    unknown = [code for code in allow if code not in LOSSES]
+    if unknown:
+        raise UsageError(f"--allow {unknown[0]}: there is no such loss; codes are {', '.join(LOSSES)}")
+    if scale_dtype not in {None, "keep", *SCALE_DTYPES}:
+        raise UsageError(f"--scale-dtype {scale_dtype}: wanted keep, {', '.join(SCALE_DTYPES)}")
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"--jobs {jobs}: wanted 1 or more")
+    if max_shard_size < 1:
+        raise UsageError(f"--max-shard-size {max_shard_size}: wanted a positive number of bytes")
+    base = Location.of(base_model) if base_model is not None else None
+    if base is not None and "config.json" not in base.names:
+        raise UnreadableError(f"{base.folder.name}: --base-model has no config.json; point at the float model's folder")
+    with _no_cyclic_collection():
+        checkpoint = open_checkpoint(Location.of(src, description, base))
+        planner = Planner(checkpoint, spec, variant, named, tuple(allow), strict, scale_dtype, jobs or available_cpus())
+        return planner.plan(base, max_shard_size, probe)
+
+
+@contextlib.contextmanager
+def _no_cyclic_collection() -> Iterator[None]:
+    """Headers of 190,000 tensors are a million objects without a cycle: going through them again and again is a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """A layer's header facts, light enough to keep for every layer of a model."""
+
+    name: str
+    shape: tuple[int, int]
+    scheme: QuantScheme
+    scale_dtype: str
+    bias_dtype: str | None
+    has_g_idx: bool
+    one_level: bool
+
+
+class Planner:
+    """One planning run: the source, the target, what may happen, and what was found so far."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: FormatSpec,
+        variant: Variant,
+        named: bool,
+        allow: tuple[str, ...],
+        strict: bool,
+        scale_dtype: str | None,
+        jobs: int,
+        bits: int | None = None,
+        hints: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        assert variant.holds is not None
+        self.checkpoint, self.spec, self.variant, self.named = checkpoint, spec, variant, named
+        self.holds: Capabilities = variant.holds
+        self.allow, self.strict, self.scale_dtype, self.jobs = allow, strict, scale_dtype, jobs
+        self.refusals: list[Refusal] = []
+        self.notes: list[str] = []
+        self.errors: dict[str, list[tuple[float, str]]] = defaultdict(list)
+        self.dense = spec.name == "dense"
+        self.bits, self.hints = bits, hints
+        self.weight_dtype = self._weight_dtype() if self.dense else ""
+
+    def plan(self, base: Location | None, max_shard_size: int, probe: bool) -> Plan:
+        self._refuse_unreadable_parts()
+        headers = self._headers()
+        group_size = self._common_group_size(headers)
+        layers = [self._settle(header, group_size) for header in headers]
+        del headers
+        self._check_fused(layers)
+        self._check_left_out(probe)
+        facts = self._probe(layers) if probe else {}  # refused or not: an unreadable source is said first
+        layers = [self._apply(layer, facts[layer.target.name]) if facts else layer for layer in layers]
+        self._choose_variant(facts)
+        losses = self._judge_losses()
+        by_name = {layer.target.name: layer for layer in layers}
+        plain = [name for kind, name in self.checkpoint.entries if kind == "plain"]
+        files: list[OutputFile] = []
+        if not self.refusals:
+            files = lay_out(self._tensors(by_name), max_shard_size)
+        model = ModelFacts(tuple(layer.target for layer in layers), tuple(self._left_in_float(by_name)), self._model_dtype(layers))
+        self._note(layers, base, model)
+        options = {
+            "allow": sorted(self.allow),
+            "strict": self.strict,
+            "scale_dtype": self.scale_dtype or "default",
+            "max_shard_size": max_shard_size,
+        }
+        return Plan(
+            self.checkpoint, self.spec, self.variant, layers, plain, files, losses, self.refusals, self.notes,
+            model, base, self.allow, bool(probe), self.jobs, options,
+        )  # fmt: skip
+
+    def _refuse(self, code: str, layer: str, needs: str, offers: str, hint: str) -> None:
+        self.refusals.append(Refusal(code, layer, needs, f"{self.spec.name}:{self.variant.name} {offers}", hint))
+
+    def _refuse_unreadable_parts(self) -> None:
+        for part in self.checkpoint.unsupported:
+            self._refuse("type", part.name, f"the type {part.type}", "is not reached from it yet", part.why)
+        for tensor in self.checkpoint.functional:
+            hint = "convert a checkpoint that was quantized without rotation or low-rank parts"
+            self._refuse("functional", tensor, "a step of its own at run time", "has no slot for it", hint)
+        for tensor in self.checkpoint.attention:
+            self.errors["kv-cache-dropped" if ".kv_cache_" in tensor else "attention-dropped"].append((1.0, tensor))
+        if not self.checkpoint.layer_names and not self.checkpoint.unsupported:
+            hint = "there is nothing to convert: copy the folder, or quantize it first"
+            self._refuse("nothing", self.checkpoint.location.folder.name, "a quantized layer", "holds quantized layers", hint)
+
+    def _headers(self) -> list[_Header]:
+        """What the comparison needs of every layer; nothing that holds on to its tensors."""
+        schemes: dict[QuantScheme, QuantScheme] = {}
+        headers = []
+        for name in self.checkpoint.layer_names:
+            layer = self.checkpoint.layer(name)
+            scheme = schemes.setdefault(layer.scheme, layer.scheme)
+            bias = None if layer.bias is None else NAMES[layer.bias.dtype]
+            one_level = layer.input_smooth is None and layer.outer is None
+            headers.append(
+                _Header(name, layer.shape, scheme, NAMES[np.dtype(layer.scales.dtype)], bias, layer.g_idx is not None, one_level)
+            )
+        return headers
+
+    def _common_group_size(self, headers: list[_Header]) -> int | None:
+        """The largest group size of the target that divides every layer's groups; -1 per channel; None: each keeps its own."""
+        if self.dense or self.holds.mixed_groups or not headers:
+            return None
+        sizes = {header.scheme.weights.group_size for header in headers}
+        if sizes == {None} and "channel" in self.holds.strategies:
+            return -1
+        ins = {header.shape[1] for header in headers if header.scheme.weights.group_size is None}
+        fits = (size for size in self.holds.group_sizes if all(g % size == 0 for g in sizes if g) and all(k % size == 0 for k in ins))
+        return next(fits, None) or min(self.holds.group_sizes)
+
+    def _settle(self, header: _Header, group_size: int | None) -> LayerPlan:
+        """Compare one layer's header with the target: exact moves, or refusals."""
+        name, (out, in_), args, holds = header.name, header.shape, header.scheme.weights, self.holds
+        wanted = self.bits or args.bits
+        if wanted not in holds.bits or args.element not in holds.elements:
+            hint = "convert to gptq, which holds 8 bits" if wanted == 8 else "quantize to bits that it holds"
+            bits = " or ".join(str(bits) for bits in holds.bits)
+            self._refuse("bits", name, f"{wanted}-bit {args.element} codes", f"holds {bits}-bit {'/'.join(holds.elements)}", hint)
+        elif wanted < args.bits:
+            hint = f"write {args.bits} bits, or quantize again"
+            self._refuse("bits", name, f"{args.bits} bits", f"was asked to hold them in {wanted}, which would clamp every code", hint)
+        if out % holds.multiple_of[0] or in_ % holds.multiple_of[1]:
+            offers = f"packs multiples of {holds.multiple_of[0]} x {holds.multiple_of[1]}"
+            hint = "leave this layer in float when quantizing, or convert to dense"
+            self._refuse("shape-multiple", name, f"[out, in] = {[out, in_]}", offers, hint)
+        if name.split(".")[-1] == "lm_head" and not holds.lm_head:
+            self._refuse("lm-head", name, "a quantized lm_head", "keeps lm_head in float", "convert to gptq, or quantize without it")
+        if header.scheme.inputs is not None and not holds.inputs:
+            self._refuse("activations", name, "quantized activations", "holds weights only", "choose a target for W8A8")
+        if not header.one_level:
+            self._refuse("two-level", name, "a second level of scales", "has one", "choose another target, or dense")
+        if args.actorder and args.actorder not in holds.act_order:
+            hint = "convert to gptq, which carries g_idx, or dense"
+            self._refuse("act-order", name, "an irregular g_idx (act order)", "has groups of consecutive inputs only", hint)
+        moves, target_args, repeat = self._regroup(header, group_size)
+        bias_dtype = None if header.bias_dtype is None else self._bias_dtype(header.bias_dtype)
+        scale_dtype = self._scale_dtype(header.scale_dtype)
+        target = LayerTarget(name, header.shape, QuantScheme(target_args), scale_dtype, bias_dtype)
+        return LayerPlan(target, header.scheme, moves, repeat)
+
+    def _regroup(self, header: _Header, group_size: int | None) -> tuple[tuple[str, ...], QuantArgs, int]:
+        """(moves, target's weight args, how often each stored group is repeated)."""
+        args, in_ = header.scheme.weights, header.shape[1]
+        if self.dense:
+            return ("dequantize",), args, 1
+        own = args.group_size or in_
+        group_size = (args.group_size or -1) if group_size is None else group_size
+        wanted = in_ if group_size == -1 else group_size
+        if own % wanted or (args.actorder == "group" and own != wanted):
+            sizes = ", ".join(str(size) for size in self.holds.group_sizes)
+            hint = "quantize with a group size that it takes, or convert to dense"
+            self._refuse("group-size", header.name, f"groups of {own} inputs", f"has groups of {sizes}, one size for all layers", hint)
+            return (), args, 1
+        moves = ["repack", "rebase-zero-point"]
+        if own != wanted:
+            moves.append("split-groups" if args.strategy == "group" else "repeat-scales")
+        elif args.strategy == "tensor":
+            moves.append("repeat-scales")
+        if self.spec.name == "gptq" and not header.has_g_idx:
+            moves.append("spell-g_idx")
+        if (self.bits or args.bits) > args.bits:
+            moves.append("widen-codes")
+        strategy: Strategy = "channel" if group_size == -1 else "group"
+        size = None if group_size == -1 else group_size
+        target = replace(args, bits=self.bits or args.bits, strategy=strategy, group_size=size)
+        return tuple(moves), target, own // wanted
+
+    def _weight_dtype(self) -> str:
+        """dense: the dtype of its weights: asked for, or the model's own."""
+        if self.scale_dtype is not None:
+            return SCALE_DTYPES.get(self.scale_dtype, "F32")
+        checkpoint = self.checkpoint
+        dtypes = Counter(checkpoint.tensors[name].dtype for name in checkpoint.plain_names if len(checkpoint.tensors[name].shape) == 2)
+        return next((dtype for dtype, _ in dtypes.most_common() if dtype in {"F16", "BF16", "F32"}), "F16")
+
+    def _scale_dtype(self, stored: str) -> str:
+        if self.dense:
+            return self.weight_dtype
+        if self.scale_dtype == "keep":
+            return stored
+        return SCALE_DTYPES[self.scale_dtype] if self.scale_dtype else self.holds.scale_dtypes[0]
+
+    def _bias_dtype(self, stored: str) -> str:
+        wanted = stored if self.dense else self._scale_dtype(stored)
+        return stored if wanted == "F32" else wanted
+
+    def _check_fused(self, layers: list[LayerPlan]) -> None:
+        """q/k/v and gate/up become one matrix in the engines: all quantized alike, or none."""
+        if not self.holds.fused_alike:
+            return
+        quantized = {layer.target.name: layer.target.scheme.weights for layer in layers}
+        others = {name[: -len(".weight")] for name in self.checkpoint.plain_names if name.endswith(".weight")}
+        for name, args in quantized.items():
+            parent, _, leaf = name.rpartition(".")
+            for fused in FUSED:
+                if leaf not in fused:
+                    continue
+                siblings = [f"{parent}.{other}" for other in fused if other != leaf]
+                for sibling in siblings:
+                    if sibling in others or (
+                        sibling in quantized and (quantized[sibling].bits, quantized[sibling].group_size) != (args.bits, args.group_size)
+                    ):
+                        found = "is float" if sibling in others else f"has {quantized[sibling].bits} bits"
+                        needs = f"its own scheme while {sibling.rpartition('.')[2]} {found}"
+                        hint = f"quantize or roll back {' and '.join(fused)} together, or convert to dense"
+                        self._refuse("fused", name, needs, "is served with both fused into one matrix", hint)
+                        break
+
+    def _check_left_out(self, probe: bool) -> None:
+        """Tensors that the reader leaves out under a condition: check it on the data."""
+        if self.checkpoint.left_out:
+            kinds = Counter(item.why for item in self.checkpoint.left_out)
+            self.notes.extend(f"{count} tensors are not carried: {why}" for why, count in kinds.items())
+        if not probe:
+            return
+        tensors = self.checkpoint.tensors
+        for item in self.checkpoint.left_out:
+            data = tensors.array(item.tensor)
+            holds = not data.any() if item.condition == "zero" else data.tobytes() == tensors.array(item.other).tobytes()
+            if not holds:
+                hint = "undo the smoothing before quantizing, or convert a checkpoint made without it"
+                self._refuse("norm", item.tensor, f"to be kept, since {item.why} {item.otherwise}", "has no slot for it", hint)
+
+    def _probe(self, layers: list[LayerPlan]) -> dict[str, Facts]:
+        """Read the small tensors of every layer, in parallel."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return dict(pool.map(self._probe_layer, layers))
+
+    def _probe_layer(self, plan: LayerPlan) -> tuple[str, Facts]:
+        header = self.checkpoint.layer(plan.target.name)
+        half = 1 << (plan.target.scheme.weights.bits - 1)
+        low, high = zero_range(header.zero_points)
+        target = None if self.dense else DTYPES[plan.target.scale_dtype]
+        scale = measure_cast(header.name, "weight scale", header.scales, target)
+        bias_dtype = plan.target.bias_dtype
+        bias = Cast() if header.bias is None or bias_dtype is None else measure_cast(header.name, "bias", header.bias, DTYPES[bias_dtype])
+        self._check_container(header)
+        return header.name, Facts(low + half, high + half, low == high == 0, scale, bias)
+
+    def _check_container(self, header: QuantizedLinear) -> None:
+        """The first codes of a layer must fit its bits: bytes that do not are packed, whatever the description says."""
+        sample = read(header.codes, slice(0, min(32, header.shape[0])))
+        if sample.size:
+            check_codes(header, int(sample.min()), int(sample.max()))
+
+    def _apply(self, plan: LayerPlan, facts: Facts) -> LayerPlan:
+        """Take what the probe found into a layer's plan."""
+        name = plan.target.name
+        if facts.scale.overflow is not None:
+            dtype = plan.target.scale_dtype
+            needs, offers = f"a scale of {facts.scale.overflow:.4g}", f"was asked to hold it in {TORCH_NAMES[dtype]}"
+            self._refuse("scale-overflow", name, needs, offers, "use --scale-dtype bfloat16 or float32")
+        if facts.bias.overflow is not None:
+            needs, offers = f"a bias of {facts.bias.overflow:.4g}", f"was asked to hold it in {plan.target.bias_dtype}"
+            self._refuse("bias-overflow", name, needs, offers, "use --scale-dtype bfloat16 or keep")
+        for code, error in (
+            ("scale-rounded", facts.scale.rounded),
+            ("scale-subnormal", facts.scale.subnormal),
+            ("bias-rounded", max(facts.bias.rounded, facts.bias.subnormal)),
+        ):
+            if error:
+                self.errors[code].append((error, name))
+        if self.dense and self.weight_dtype != "F32":
+            self.errors["weight-rounded"].append((float(2.0 ** -(11 if self.weight_dtype == "F16" else 8)), name))
+        args = replace(plan.target.scheme.weights, symmetric=facts.symmetric)
+        moves = (*plan.moves, "spell-zero-point") if facts.symmetric and "repack" in plan.moves else plan.moves
+        source = replace(plan.source, weights=replace(plan.source.weights, symmetric=facts.symmetric))
+        return replace(plan, target=replace(plan.target, scheme=QuantScheme(args)), source=source, moves=moves)
+
+    def _choose_variant(self, facts: dict[str, Facts]) -> None:
+        """The first variant that holds every zero point, unless the user named one."""
+        too_low = [name for name, fact in facts.items() if fact.zero_low < self.holds.smallest_zero]
+        if not too_low or self.dense:
+            return
+        for variant in () if self.named else self.spec.variants:
+            if variant.holds is not None and variant.holds.smallest_zero == 0:
+                self.notes.append(
+                    f"written as {self.spec.name}:{variant.name}, because {len(too_low)} layers (first: {too_low[0]}) have a zero point "
+                    f"that {self.spec.name}:{self.variant.name} cannot say; it is read by {variant.readers}"
+                )
+                self.variant, self.holds = variant, variant.holds
+                return
+        hint = self.hints.get("zero-point", f"use --to {self.spec.name}, which chooses a variant that can")
+        for name in too_low:
+            self._refuse("zero-point", name, f"a zero point of {facts[name].zero_low}", f"starts at {self.holds.smallest_zero}", hint)
+
+    def _judge_losses(self) -> list[Loss]:
+        """Losses with their largest error; those that were not allowed become refusals."""
+        losses = []
+        for code, found in self.errors.items():
+            bound, worst = max(found)
+            loss = Loss(code, len(found), bound, worst)
+            losses.append(loss)
+            by_default, about = LOSSES[code]
+            if self.strict or not (by_default or code in self.allow):
+                hint = self.hints.get("allow", "allow it with --allow {code}").format(code=code)
+                if by_default or code in self.allow:
+                    hint = "convert without --strict"
+                if self.strict and code.startswith("scale-"):
+                    hint += ", or keep the scales with --scale-dtype keep"
+                self._refuse(code, worst, f"what would be lost: {about} (relative error up to {bound:.3g})", "cannot hold it exactly", hint)
+        return losses
+
+    def _tensors(self, layers: dict[str, LayerPlan]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Every output tensor in order: the source's order, each layer's tensors together."""
+        assert self.spec.outputs is not None
+        for kind, name in self.checkpoint.entries:
+            if kind == "plain":
+                info = self.checkpoint.tensors[name]
+                yield name, info.dtype, info.shape
+            else:
+                for spec in self.spec.outputs(layers[name].target, self.variant.name):
+                    yield spec.name, spec.dtype, spec.shape
+
+    def _left_in_float(self, layers: dict[str, LayerPlan]) -> list[str]:
+        return [name for name in float_linears(self.checkpoint) if name not in layers]
+
+    def _model_dtype(self, layers: list[LayerPlan]) -> str | None:
+        """The dtype that engines should compute in: that of the scales, where it is a half precision one."""
+        dtypes = {layer.target.scale_dtype for layer in layers}
+        if len(dtypes) != 1 or (dtypes == {"F32"} and not self.dense):
+            return None
+        return TORCH_NAMES[dtypes.pop()]
+
+    def _note(self, layers: list[LayerPlan], base: Location | None, model: ModelFacts) -> None:
+        config = model_config(self.checkpoint, base)
+        if config is None:
+            self.notes.append(
+                "no config.json beside the source: the weights will be written without one; pass --base-model for a folder that loads"
+            )
+        elif model.model_dtype is not None and config.get("torch_dtype", config.get("dtype")) not in {None, model.model_dtype}:
+            was = config.get("torch_dtype", config.get("dtype"))
+            self.notes.append(
+                f"config.json will say torch_dtype {model.model_dtype} instead of {was}: the dtype of the scales, in which kernels compute"
+            )
+        if self.spec.name == "gptq" and model.float_linears and not self.refusals:
+            alike = modules_in_every_block([layer.target.name for layer in layers], model.float_linears)
+            readers = "AutoGPTQ does not" if alike else "transformers and AutoGPTQ do not, since blocks differ"
+            self.notes.append(f"{len(model.float_linears)} linears stay in float: GPTQModel and vLLM read this; {readers}")
+        if self.spec.name == "gptq" and layers and not all(layer.target.scheme.weights.symmetric for layer in layers) and not self.refusals:
+            self.notes.append(
+                "some layers have zero points: vLLM and SGLang read only symmetric GPTQ; AutoGPTQ, GPTQModel and transformers read this"
+            )

@@ -1,0 +1,171 @@
+"""What a plan is made of: layers with their exact moves, losses with codes and bounds, refusals, output files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import xxhash
+
+from formats import Checkpoint
+from formats.checkpoint import Location
+from formats.errors import RefusedError
+from formats.ir import QuantScheme
+from formats.safetensors_file import OutputFile
+from formats.spec import FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
+
+LOSSES: dict[str, tuple[bool, str]] = {
+    "scale-rounded": (True, "scales rounded to the dtype that the target's loaders want; results are normal numbers"),
+    "scale-subnormal": (False, "scales so small that the target's dtype holds them with few bits, or as 0"),
+    "bias-rounded": (True, "biases rounded to the dtype that the target's loaders want"),
+    "weight-rounded": (True, "dequantized weights rounded to the folder's dtype"),
+    "kv-cache-dropped": (False, "scales of a quantized KV cache left out: it will be kept in float"),
+    "attention-dropped": (False, "scales of quantized attention (FAQuant) left out: it will be computed in float"),
+}
+"""Loss codes: (done without asking, what is lost). Codes that are not done without asking need ``--allow CODE``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a layer cannot be written: what it needs, what the target offers, what to do."""
+
+    code: str
+    layer: str
+    needs: str
+    offers: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}: needs {self.needs}; {self.offers}; {self.hint} [{self.code}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A named loss: how many layers, and the largest relative error it makes (worst: where)."""
+
+    code: str
+    layers: int
+    bound: float
+    worst: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One layer's way: its target spelling, the exact moves, and how often each stored group's scale is repeated."""
+
+    target: LayerTarget
+    source: QuantScheme
+    moves: tuple[str, ...]
+    repeat: int = 1
+
+
+@dataclass
+class Plan:
+    """A whole conversion, decided before a weight is read. ``refusals`` empty means that it can run.
+
+    layers, plain    in output order; files: every safetensors file with its header and offsets
+    probed           whether what headers cannot say was settled
+    """
+
+    checkpoint: Checkpoint
+    spec: FormatSpec
+    variant: Variant
+    layers: list[LayerPlan]
+    plain: list[str]
+    files: list[OutputFile]
+    losses: list[Loss]
+    refusals: list[Refusal]
+    notes: list[str]
+    model: ModelFacts
+    base: Location | None
+    allowed: tuple[str, ...]
+    probed: bool
+    jobs: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def target_name(self) -> str:
+        return f"{self.spec.name}:{self.variant.name}"
+
+    @property
+    def source_name(self) -> str:
+        return f"{self.checkpoint.format}:{self.checkpoint.variant}"
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(file.size for file in self.checkpoint.files)
+
+    @property
+    def target_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def codes(self) -> int:
+        """Weights in quantized layers: what the kernels will move."""
+        return sum(layer.target.shape[0] * layer.target.shape[1] for layer in self.layers)
+
+    @property
+    def peak_memory(self) -> int:
+        """Estimated peak of anonymous memory in bytes, over the interpreter's own: tiles per worker, and headers."""
+        from .engine import peak_memory
+
+        return peak_memory(self)
+
+    def outputs(self, layer: LayerTarget) -> tuple[TensorSpec, ...]:
+        """The tensors that spell ``layer`` in the target."""
+        assert self.spec.outputs is not None
+        return self.spec.outputs(layer, self.variant.name)
+
+    def move_counts(self) -> dict[str, int]:
+        """How many layers each exact move touches."""
+        return dict(Counter(move for layer in self.layers for move in layer.moves))
+
+    @property
+    def id(self) -> str:
+        """XXH3-128 over source identity, target, options and every layer's target: equal plans do equal work."""
+        digest = xxhash.xxh3_128()
+        config = model_config(self.checkpoint, self.base)
+        head = {
+            "config": config,
+            "source": [asdict(file) | {"mtime_ns": 0} for file in self.checkpoint.files],
+            "target": self.target_name,
+            "options": self.options,
+        }
+        digest.update(json.dumps(head, sort_keys=True).encode())
+        for layer in self.layers:
+            digest.update(f"{layer.target.name} {layer.target.scheme.to_json()} {layer.target.scale_dtype} {layer.repeat}\n".encode())
+        return digest.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-ready data: what ``weighbridge plan --json`` prints."""
+        return {
+            "id": self.id,
+            "source": {"format": self.source_name, "files": [file.name for file in self.checkpoint.files], "bytes": self.source_bytes},
+            "target": {
+                "format": self.target_name,
+                "files": [{"name": file.name, "bytes": file.size, "tensors": len(file.tensors)} for file in self.files],
+                "bytes": self.target_bytes,
+                "quantized_layers": len(self.layers),
+                "plain_tensors": len(self.plain),
+            },
+            "moves": self.move_counts(),
+            "losses": [asdict(loss) for loss in self.losses],
+            "refusals": [asdict(refusal) for refusal in self.refusals],
+            "notes": self.notes,
+            "probed": self.probed,
+            "peak_memory": self.peak_memory,
+        }
+
+    def raise_if_refused(self) -> None:
+        """RefusedError that names the first refusal and counts the rest."""
+        if self.refusals:
+            more = f" (and {len(self.refusals) - 1} more refusals: weighbridge plan lists them)" if len(self.refusals) > 1 else ""
+            raise RefusedError(f"{self.refusals[0]}{more}", tuple(self.refusals))
+
+
+def model_config(checkpoint: Checkpoint, base: Location | None) -> dict[str, Any] | None:
+    """config.json of the base model, or the one beside the source; None if there is neither."""
+    config = checkpoint.config if base is None else base.json("config.json")
+    return None if config is None else {key: value for key, value in config.items() if key != "quantization_config"}

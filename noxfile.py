@@ -1,0 +1,80 @@
+"""The real tools that check what Weighbridge writes, each in an environment of its own.
+
+    nox -s autoawq autogptq
+
+A session builds the tool's environment, then runs the project's own tests with the interpreter
+that runs nox, and tells them where the tool's interpreter is; the tests call it as a subprocess.
+So nox must be installed where Weighbridge and its test dependencies are.
+
+The environments stay between runs, under ``$WEIGHBRIDGE_CACHE/oracles`` (else
+``$XDG_CACHE_HOME/weighbridge/oracles``, else ``~/.cache/weighbridge/oracles``), and are installed
+again only when their requirements change. A CPU build of torch is enough, and much smaller: let
+pip's own configuration say where to find one. The pins need Python 3.11 or later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+TORCH = "torch==2.13.0"
+ORACLES = Path(__file__).parent / "tests" / "oracles"
+
+
+def cache_folder() -> Path:
+    if own := os.environ.get("WEIGHBRIDGE_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "weighbridge"
+
+
+nox.options.reuse_existing_virtualenvs = True
+nox.options.envdir = str(cache_folder() / "oracles")
+
+
+def install(session: nox.Session, requirements: Path) -> None:
+    """Install torch and then the requirements, unless this environment already has exactly them."""
+    stamp = Path(session.virtualenv.location) / "weighbridge-requirements.sha256"
+    digest = hashlib.sha256(TORCH.encode() + b"\n" + requirements.read_bytes()).hexdigest()
+    if stamp.exists() and stamp.read_text("ascii") == digest:
+        session.log(f"{requirements.name} is already installed")
+        return
+    stamp.unlink(missing_ok=True)
+    session.install(TORCH)
+    # The file is a complete list, and the tools' own metadata asks for packages they do not need.
+    session.install("--no-deps", "-r", str(requirements))
+    stamp.write_text(digest, "ascii")
+
+
+def run_oracle(session: nox.Session, tool: str) -> None:
+    """Build the environment of ``tool`` and run ``tests/oracles/test_<tool>.py`` against it."""
+    install(session, ORACLES / f"requirements-{tool}.txt")
+    session.run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "oracle",  # pyproject.toml leaves them out of an ordinary run
+        str(ORACLES / f"test_{tool}.py"),
+        *session.posargs,
+        env={f"WEIGHBRIDGE_ORACLE_{tool.upper()}": str(Path(session.bin) / "python")},
+        external=True,
+    )
+
+
+@nox.session(venv_backend="venv")
+def autoawq(session: nox.Session) -> None:
+    """AutoAWQ 0.2.9 decodes every AWQ folder that Weighbridge writes."""
+    run_oracle(session, "autoawq")
+
+
+@nox.session(venv_backend="venv")
+def autogptq(session: nox.Session) -> None:
+    """AutoGPTQ 0.7.1 decodes and loads every GPTQ folder that Weighbridge writes."""
+    if sys.version_info >= (3, 12):
+        session.error("AutoGPTQ 0.7.1 has no wheels for Python 3.12 and later: use 3.11")
+    run_oracle(session, "autogptq")
