@@ -16,6 +16,7 @@ from formats import FORMATS
 from formats.errors import NotSameError, RefusedError, UsageError, WeighbridgeError
 
 app = typer.Typer(
+    name="weighbridge",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -37,7 +38,7 @@ class Failing(TyperCommand):
             if ctx.params.get("json") is True:
                 _print_json({"error": str(error), "exit_code": error.exit_code})
             else:
-                typer.echo(f"{ctx.info_name}: {error}", err=True)
+                typer.echo(f"{ctx.command_path}: {error}", err=True)
             raise SystemExit(error.exit_code) from None
 
 
@@ -309,6 +310,8 @@ def _print_verdict(verdict: Any, a: str, b: str) -> None:
         typer.echo(f"not the same: {count} of {verdict.compared + len(verdict.only_left) + len(verdict.only_right)} tensors differ")
         for comparison in verdict.different[:10]:
             typer.echo(f"  {comparison.name}: {comparison.detail}")
+        if len(verdict.different) > 10:
+            typer.echo(f"  ... and {len(verdict.different) - 10} more (--json lists them)")
         for names, where in ((verdict.only_left, a), (verdict.only_right, b)):
             for name in names[:5]:
                 typer.echo(f"  {name}: only in {where}")
@@ -337,4 +340,4 @@ def fingerprint(
 
 def main() -> None:
     """Entry point of ``weighbridge``."""
-    app()
+    app(prog_name="weighbridge")

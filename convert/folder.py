@@ -70,8 +70,8 @@ def _carry(base: Location, folder: Path) -> list[str]:
 def _with_quantization(config: dict[str, Any], quantization: dict[str, Any] | None, dtype: str | None) -> dict[str, Any]:
     result = {key: value for key, value in config.items() if key not in {"quantization_config", "quantize"}}
     if dtype is not None:
-        key = "dtype" if "dtype" in result and "torch_dtype" not in result else "torch_dtype"
-        result[key] = dtype
+        # transformers 5 writes "dtype"; AutoAWQ, AutoGPTQ and transformers 4 read "torch_dtype", which version 5 reads too.
+        result |= {key: dtype for key in ("torch_dtype", "dtype") if key == "torch_dtype" or key in result}
     if quantization is not None:
         result["quantization_config"] = quantization
     return result

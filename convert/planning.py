@@ -132,7 +132,7 @@ class Planner:
         self.refusals: list[Refusal] = []
         self.notes: list[str] = []
         self.errors: dict[str, list[tuple[float, str]]] = defaultdict(list)
-        self.dense = spec.name == "dense"
+        self.dense = self.holds.dequantized
         self.bits, self.hints = bits, hints
         self.weight_dtype = self._weight_dtype() if self.dense else ""
 
@@ -254,7 +254,7 @@ class Planner:
             moves.append("split-groups" if args.strategy == "group" else "repeat-scales")
         elif args.strategy == "tensor":
             moves.append("repeat-scales")
-        if self.spec.name == "gptq" and not header.has_g_idx:
+        if self.holds.act_order and not header.has_g_idx:
             moves.append("spell-g_idx")
         if (self.bits or args.bits) > args.bits:
             moves.append("widen-codes")

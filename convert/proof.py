@@ -321,7 +321,7 @@ def _compare_small(a: QuantizedLinear, b: QuantizedLinear, rows: slice) -> tuple
             row, group = np.argwhere(ours != theirs)[0]
             found = f"{ours[row, group]} on the left and {theirs[row, group]} on the right"
             detail = f"the zero point of output {rows.start + row}, group {pairs[0][group]}, is {found}"
-    ours, theirs = (layer.grid("scales", rows)[:, pairs[side]] for side, layer in enumerate((a, b)))
+    ours, theirs = (_columns(layer.grid("scales", rows), pairs[side]) for side, layer in enumerate((a, b)))
     scales, bound = compare_rounded(ours, theirs)
     if scales == "different" and not detail:
         wide = to_float32(ours), to_float32(theirs)
@@ -334,7 +334,12 @@ def _compare_small(a: QuantizedLinear, b: QuantizedLinear, rows: slice) -> tuple
 def _zeros(layer: QuantizedLinear, rows: slice, groups: Array) -> Array:
     if layer.zero_points is None:
         return np.zeros((len(range(*rows.indices(layer.shape[0]))), len(groups)), dtype=np.int16)
-    return layer.grid("zero_points", rows)[:, groups]
+    return _columns(layer.grid("zero_points", rows), groups)
+
+
+def _columns(grid: Array, groups: Array) -> Array:
+    """``grid[:, groups]``, without a copy where that is all of it in order."""
+    return grid if np.array_equal(groups, np.arange(grid.shape[1])) else grid[:, groups]
 
 
 def compare_rounded(left: Array, right: Array) -> tuple[Agreement, float]:

@@ -223,7 +223,6 @@ _HOLDS = {
     "act_order": ("group", "static"),
     "scale_dtypes": ("F16", "BF16", "F32"),
     "multiple_of": (32, 32),
-    "mixed_bits": True,
     "lm_head": True,
 }
 

@@ -156,31 +156,50 @@ def _stream(layout: PackLayout, shape: tuple[int, ...], stride: int) -> tuple[An
 
 @_jit
 def _pack_in_transposed_4(lanes, stride, rows, words, stored, flip):  # type: ignore[no-untyped-def]
+    # Fold along a row, where loads and stores are contiguous and LLVM vectorizes; then transpose whole words.
     low = np.uint64(0x0F0F0F0F0F0F0F0F)
     turn = np.uint64(flip)
+    block = np.empty((_WORDS, 64), dtype=np.uint32)
     for r0 in range(0, rows, _WORDS):
-        r1 = min(r0 + _WORDS, rows)
-        for w in range(words):
-            for r in range(r0, r1):
-                x = (lanes[r * stride + w] ^ turn) & low
-                x = (x | (x >> np.uint64(4))) & np.uint64(0x00FF00FF00FF00FF)
-                x = (x | (x >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
-                stored[w * rows + r] = np.uint32((x | (x >> np.uint64(16))) & np.uint64(0xFFFFFFFF))
+        rn = min(_WORDS, rows - r0)
+        for w0 in range(0, words, 64):
+            wn = min(64, words - w0)
+            for r in range(rn):
+                at = (r0 + r) * stride + w0
+                row, folded = lanes[at : at + wn], block[r]
+                for w in range(wn):
+                    x = (row[w] ^ turn) & low
+                    x = (x | (x >> np.uint64(4))) & np.uint64(0x00FF00FF00FF00FF)
+                    x = (x | (x >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
+                    folded[w] = np.uint32((x | (x >> np.uint64(16))) & np.uint64(0xFFFFFFFF))
+            for w in range(wn):
+                line = stored[(w0 + w) * rows + r0 : (w0 + w) * rows + r0 + rn]
+                for r in range(rn):
+                    line[r] = block[r, w]
 
 
 @_jit
 def _unpack_in_transposed_4(words, stride, rows, count, codes):  # type: ignore[no-untyped-def]
     high = np.uint64(0x8080808080808080)
     eight = np.uint64(0x0808080808080808)
+    block = np.empty((_WORDS, 64), dtype=np.uint32)
     for r0 in range(0, rows, _WORDS):
-        r1 = min(r0 + _WORDS, rows)
-        for w in range(count):
-            for r in range(r0, r1):
-                x = np.uint64(words[w * stride + r])
-                x = (x | (x << np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
-                x = (x | (x << np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
-                x = (x | (x << np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-                codes[r * count + w] = ((x | high) - eight) ^ high
+        rn = min(_WORDS, rows - r0)
+        for w0 in range(0, count, 64):
+            wn = min(64, count - w0)
+            for w in range(wn):
+                line = words[(w0 + w) * stride + r0 : (w0 + w) * stride + r0 + rn]
+                for r in range(rn):
+                    block[r, w] = line[r]
+            for r in range(rn):
+                at = (r0 + r) * count + w0
+                row, folded = codes[at : at + wn], block[r]
+                for w in range(wn):
+                    x = np.uint64(folded[w])
+                    x = (x | (x << np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
+                    x = (x | (x << np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
+                    x = (x | (x << np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+                    row[w] = ((x | high) - eight) ^ high
 
 
 @_jit
@@ -220,8 +239,9 @@ def _pack_out_transposed(source, stride, words, cols, stored, shifts, offset, ma
                     for c in range(cn):
                         lanes[c] |= np.uint32((np.int32(row[c]) + np.int32(offset)) & np.int32(mask)) << shift
             for c in range(cn):
+                line = stored[(c0 + c) * words + w0 : (c0 + c) * words + w0 + wn]
                 for w in range(wn):
-                    stored[(c0 + c) * words + w0 + w] = block[w, c]
+                    line[w] = block[w, c]
 
 
 @_jit
@@ -233,8 +253,9 @@ def _unpack_out_transposed(words, stride, count, cols, codes, shifts, turn, mask
         for c0 in range(0, cols, 64):
             cn = min(64, cols - c0)
             for c in range(cn):
+                line = words[(c0 + c) * stride + w0 : (c0 + c) * stride + w0 + wn]
                 for w in range(wn):
-                    block[w, c] = words[(c0 + c) * stride + w0 + w]
+                    block[w, c] = line[w]
             for w in range(wn):
                 for j in range(span):
                     at = ((w0 + w) * span + j) * cols + c0
@@ -309,9 +330,10 @@ def _code_range(codes, stride, rows, cols):  # type: ignore[no-untyped-def]
     low = np.int8(127)
     high = np.int8(-128)
     for r in range(rows):
-        for c in range(r * stride, r * stride + cols):
-            low = min(low, codes[c])
-            high = max(high, codes[c])
+        row = codes[r * stride : r * stride + cols]
+        for c in range(cols):
+            low = min(low, row[c])
+            high = max(high, row[c])
     return low, high
 
 

@@ -78,13 +78,13 @@ class Capabilities:
     elements, bits, strategies   of the weights
     group_sizes                  inputs per group that its readers take; the first is preferred for per-channel sources
     smallest_zero                smallest zero point, in steps above the smallest code (GPTQ v1 stores z - 1: 1)
-    symmetric, asymmetric        whether it holds layers without, and with, a zero point
     act_order                    kinds of irregular g_idx
     scale_dtypes                 safetensors names; the first is what its loaders want
     inputs                       holds activation quantization
     multiple_of                  (out, in) must be multiples of these
-    mixed_bits, mixed_groups     whether layers may differ within one folder
+    mixed_groups                 whether layers may have different group sizes within one folder
     lm_head                      whether lm_head may be quantized
+    dequantized                  holds float weights: layers are dequantized into it
     fused_alike                  whether its consumers fuse q/k/v and gate/up, which must then agree
     """
 
@@ -93,15 +93,13 @@ class Capabilities:
     strategies: tuple[Strategy, ...] = ()
     group_sizes: tuple[int, ...] = ()
     smallest_zero: int = 0
-    symmetric: bool = True
-    asymmetric: bool = True
     act_order: tuple[ActOrder, ...] = ()
     scale_dtypes: tuple[str, ...] = ()
     inputs: bool = False
     multiple_of: tuple[int, int] = (1, 1)
-    mixed_bits: bool = False
     mixed_groups: bool = False
     lm_head: bool = False
+    dequantized: bool = False
     fused_alike: bool = True
 
 

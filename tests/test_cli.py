@@ -253,7 +253,7 @@ def test_requests_that_make_no_sense_are_usage_errors(verb: str, options: tuple[
     done = invoke(verb, *places, *options)
     assert done.exit_code == 2
     line = assert_one_line(done)
-    assert line.startswith(f"{verb}: ")
+    assert line.startswith(f"weighbridge {verb}: ")
     assert word in line
     assert not (tmp_path / "out").exists()
 

@@ -45,7 +45,7 @@ def fails(source: Path, destination: Path, *options: str) -> str:
     assert result.exit_code == 1, (result.exit_code, result.stderr, result.exception)
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("convert: ")
+    assert result.stderr.startswith("weighbridge convert: ")
     return result.stderr
 
 

@@ -41,7 +41,7 @@ def refused(source: Path, target: str, words: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, ["convert", str(source), str(place / "out"), "--to", target])
     assert result.exit_code == 5, (result.exit_code, result.stdout, result.stderr, result.exception)
     assert result.stdout == ""
-    assert result.stderr.startswith("convert: ")
+    assert result.stderr.startswith("weighbridge convert: ")
     assert result.stderr.count("\n") == 1, result.stderr
     assert len(result.stderr) < 600, "a sentence, not the header"
     for word in words:
