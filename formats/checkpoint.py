@@ -144,11 +144,11 @@ class Checkpoint:
 
     def layer(self, name: str) -> QuantizedLinear:
         """The quantized layer ``name``; its codes and scales are read when asked for."""
-        raise NotImplementedError
+        raise UnreadableError(f"{self.format} has no quantized layer {name}")
 
     def layer_tensors(self, name: str) -> tuple[str, ...]:
         """Stored tensors that layer ``name`` is made of."""
-        raise NotImplementedError
+        return ()
 
     def plain(self, name: str) -> PlainTensor:
         """The plain tensor ``name``, as a view."""
