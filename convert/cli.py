@@ -171,10 +171,13 @@ BASE_MODEL = typer.Option(None, "--base-model", help="Float model's folder: conf
 ALLOW = typer.Option([], "--allow", metavar="CODE", help="A loss that may happen (the plan names it); may be repeated.")
 STRICT = typer.Option(False, "--strict", help="Refuse every loss, rounding of scales too.")
 SCALE_DTYPE = typer.Option(None, "--scale-dtype", metavar="keep|float16|bfloat16|float32", help="Default: what the target's loaders want.")
+SERVE_DTYPE = typer.Option(None, "--serve-dtype", metavar="float16|bfloat16", help="msmodelslim only: the dtype in which the NPU computes.")
 SHARD = typer.Option("5GB", "--max-shard-size", help="Largest output file.")
 JOBS = typer.Option(None, "--jobs", min=1, help="Worker threads. Default: the CPUs that may be used.")
 JSON = typer.Option(False, "--json", help="Print JSON on stdout.")
-TO = typer.Option(..., "--to", metavar="FORMAT[:VARIANT]", help="awq, gptq, gptq:v1, gptq:v2, dense; `weighbridge formats` lists them.")
+TO = typer.Option(
+    ..., "--to", metavar="FORMAT[:VARIANT]", help="awq, gptq, gptq:v1, gptq:v2, msmodelslim, dense; `weighbridge formats` lists them."
+)
 
 
 @app.command(cls=Failing)
@@ -185,6 +188,7 @@ def plan(
     allow: list[str] = ALLOW,
     strict: bool = STRICT,
     scale_dtype: str | None = SCALE_DTYPE,
+    serve_dtype: str | None = SERVE_DTYPE,
     max_shard_size: str = SHARD,
     jobs: int | None = JOBS,
     json: bool = JSON,
@@ -193,7 +197,15 @@ def plan(
     from .planning import plan as function
 
     decided = function(
-        src, to, base_model=base_model, allow=allow, strict=strict, scale_dtype=scale_dtype, max_shard_size=_size(max_shard_size), jobs=jobs
+        src,
+        to,
+        base_model=base_model,
+        allow=allow,
+        strict=strict,
+        scale_dtype=scale_dtype,
+        max_shard_size=_size(max_shard_size),
+        serve_dtype=serve_dtype,
+        jobs=jobs,
     )
     if json:
         _print_json(decided.to_json())
@@ -232,6 +244,7 @@ def convert(
     allow: list[str] = ALLOW,
     strict: bool = STRICT,
     scale_dtype: str | None = SCALE_DTYPE,
+    serve_dtype: str | None = SERVE_DTYPE,
     max_shard_size: str = SHARD,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder once the new one is whole."),
     jobs: int | None = JOBS,
@@ -243,7 +256,15 @@ def convert(
     from .planning import plan as make_plan
 
     decided = make_plan(
-        src, to, base_model=base_model, allow=allow, strict=strict, scale_dtype=scale_dtype, max_shard_size=_size(max_shard_size), jobs=jobs
+        src,
+        to,
+        base_model=base_model,
+        allow=allow,
+        strict=strict,
+        scale_dtype=scale_dtype,
+        max_shard_size=_size(max_shard_size),
+        serve_dtype=serve_dtype,
+        jobs=jobs,
     )
     decided.raise_if_refused()
     with progress_bar("converting", decided.source_bytes, quiet=json) as progress:

@@ -111,6 +111,7 @@ def convert(
     proof: bool = True,
     progress: Progress | None = None,
     description: str | os.PathLike[str] | None = None,
+    serve_dtype: str | None = None,
 ) -> Result:
     """Convert checkpoint ``src`` into folder ``dst`` of format ``to``, and prove it.
 
@@ -120,7 +121,7 @@ def convert(
     """
     decided = plan(
         src, to, base_model=base_model, allow=allow, strict=strict, scale_dtype=scale_dtype,
-        max_shard_size=max_shard_size, jobs=jobs, description=description,
+        max_shard_size=max_shard_size, jobs=jobs, description=description, serve_dtype=serve_dtype,
     )  # fmt: skip
     decided.raise_if_refused()
     return run(decided, dst, overwrite=overwrite, proof=proof, progress=progress)
@@ -204,7 +205,7 @@ class _Engine:
         if kind == "plain":
             return [(plain_matrix(self.plan.checkpoint, name), plain_matrix(target, name))]
         ours = layer_matrices(self.plan.checkpoint, name)
-        quantized = f"{name}.weight" not in target.tensors
+        quantized = not self.plan.holds.dequantized
         theirs = layer_matrices(target, name) if quantized else [plain_matrix(target, matrix.name) for matrix in ours]
         if len(ours) != len(theirs):
             raise NotSameError(
@@ -289,7 +290,9 @@ def _write_grid(
             raise UnreadableError(
                 f"{layer.name}: a zero point is {int(grid.min())}, which the plan did not find; the source changed: run again"
             )
-        assert spec.layout is not None
+        if spec.layout is None:
+            output.write(info, moves.repeat_groups(grid, repeat).astype(DTYPES[spec.dtype]), rows.start, 0)
+            return
         packed = spec.layout.pack(moves.repeat_groups(grid, repeat))
         output.write(info, packed, *_stored_corner(spec.layout, rows.start, 0))
         return

@@ -46,7 +46,7 @@ def write_sidecars(plan: Plan, folder: Path) -> list[str]:
         if config is None or name != "quant_config.json":
             _write_json(folder / name, content)
     if len(plan.files) > 1:
-        (folder / "model.safetensors.index.json").write_text(index_json(plan.files), encoding="utf-8")
+        (folder / f"{plan.stem}.safetensors.index.json").write_text(index_json(plan.files), encoding="utf-8")
     carried = _carry(base, folder)
     if config is not None and not any(name.startswith("tokenizer") or name.endswith(".model") for name in carried):
         missing.append("tokenizer files: there are none beside config.json")

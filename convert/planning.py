@@ -47,6 +47,7 @@ def plan(
     jobs: int | None = None,
     probe: bool = True,
     description: str | os.PathLike[str] | None = None,
+    serve_dtype: str | None = None,
 ) -> Plan:
     """Decide how ``src`` becomes format ``to``; reads headers, and with ``probe`` the small tensors; writes nothing.
 
@@ -55,17 +56,20 @@ def plan(
     allow          loss codes (``LOSSES``) that may happen beyond those done by default
     strict         refuse every loss, rounding too
     scale_dtype    "keep", "float16", "bfloat16", "float32"; None: what the target's loaders want
+    serve_dtype    msmodelslim only: "float16" or "bfloat16", in which the NPU will compute: the dtype of per-channel scales
     max_shard_size bytes of tensor data per output file; jobs: worker threads (None: the CPUs that may be used)
     raises         UsageError, UnreadableError; refusals are in the plan, not raised
     """
     spec, variant, named = find_format(to)
     if spec.outputs is None or variant.holds is None:
-        raise RefusedError(f"{spec.name} can be read, but not written yet; targets are awq, gptq and dense")
+        raise RefusedError(f"{spec.name}:{variant.name} can be read, but not written yet; `weighbridge formats` says what can")
     unknown = [code for code in allow if code not in LOSSES]
     if unknown:
         raise UsageError(f"--allow {unknown[0]}: there is no such loss; codes are {', '.join(LOSSES)}")
     if scale_dtype not in {None, "keep", *SCALE_DTYPES}:
         raise UsageError(f"--scale-dtype {scale_dtype}: wanted keep, {', '.join(SCALE_DTYPES)}")
+    if serve_dtype not in {None, "float16", "bfloat16"} or (serve_dtype is not None and "keep" not in variant.holds.scale_dtypes):
+        raise UsageError(f"--serve-dtype {serve_dtype}: wanted float16 or bfloat16, with --to msmodelslim")
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs {jobs}: wanted 1 or more")
     if max_shard_size < 1:
@@ -75,7 +79,9 @@ def plan(
         raise UnreadableError(f"{base.folder.name}: --base-model has no config.json; point at the float model's folder")
     with _no_cyclic_collection():
         checkpoint = open_checkpoint(Location.of(src, description, base))
-        planner = Planner(checkpoint, spec, variant, named, tuple(allow), strict, scale_dtype, jobs or available_cpus())
+        planner = Planner(
+            checkpoint, spec, variant, named, tuple(allow), strict, scale_dtype, jobs or available_cpus(), serve_dtype=serve_dtype
+        )
         return planner.plan(base, max_shard_size, probe)
 
 
@@ -124,6 +130,7 @@ class Planner:
         jobs: int,
         bits: int | None = None,
         hints: Mapping[str, str] = MappingProxyType({}),
+        serve_dtype: str | None = None,
     ) -> None:
         assert variant.holds is not None
         self.checkpoint, self.spec, self.variant, self.named = checkpoint, spec, variant, named
@@ -133,7 +140,7 @@ class Planner:
         self.notes: list[str] = []
         self.errors: dict[str, list[tuple[float, str]]] = defaultdict(list)
         self.dense = self.holds.dequantized
-        self.bits, self.hints = bits, hints
+        self.bits, self.hints, self.serve_dtype = bits, hints, serve_dtype
         self.weight_dtype = self._weight_dtype() if self.dense else ""
 
     def plan(self, base: Location | None, max_shard_size: int, probe: bool) -> Plan:
@@ -150,15 +157,17 @@ class Planner:
         losses = self._judge_losses()
         by_name = {layer.target.name: layer for layer in layers}
         plain = [name for kind, name in self.checkpoint.entries if kind == "plain"]
+        targets = tuple(layer.target for layer in layers)
+        model = ModelFacts(targets, tuple(self._left_in_float(by_name)), self._model_dtype(layers), self.checkpoint.entries)
         files: list[OutputFile] = []
         if not self.refusals:
-            files = lay_out(self._tensors(by_name), max_shard_size)
-        model = ModelFacts(tuple(layer.target for layer in layers), tuple(self._left_in_float(by_name)), self._model_dtype(layers))
+            files = lay_out(self._tensors(by_name), max_shard_size, self.spec.stem(model, self.variant.name))
         self._note(layers, base, model)
         options = {
             "allow": sorted(self.allow),
             "strict": self.strict,
             "scale_dtype": self.scale_dtype or "default",
+            "serve_dtype": self.serve_dtype or "default",
             "max_shard_size": max_shard_size,
         }
         return Plan(
@@ -209,7 +218,7 @@ class Planner:
     def _settle(self, header: _Header, group_size: int | None) -> LayerPlan:
         """Compare one layer's header with the target: exact moves, or refusals."""
         name, (out, in_), args, holds = header.name, header.shape, header.scheme.weights, self.holds
-        wanted = self.bits or args.bits
+        wanted = self._carrier(args.bits)
         if wanted not in holds.bits or args.element not in holds.elements:
             hint = "convert to gptq, which holds 8 bits" if wanted == 8 else "quantize to bits that it holds"
             bits = " or ".join(str(bits) for bits in holds.bits)
@@ -232,7 +241,7 @@ class Planner:
             self._refuse("act-order", name, "an irregular g_idx (act order)", "has groups of consecutive inputs only", hint)
         moves, target_args, repeat = self._regroup(header, group_size)
         bias_dtype = None if header.bias_dtype is None else self._bias_dtype(header.bias_dtype)
-        scale_dtype = self._scale_dtype(header.scale_dtype)
+        scale_dtype = self._scale_dtype(header.scale_dtype, target_args.strategy == "channel")
         target = LayerTarget(name, header.shape, QuantScheme(target_args), scale_dtype, bias_dtype)
         return LayerPlan(target, header.scheme, moves, repeat)
 
@@ -256,11 +265,12 @@ class Planner:
             moves.append("repeat-scales")
         if self.holds.act_order and not header.has_g_idx:
             moves.append("spell-g_idx")
-        if (self.bits or args.bits) > args.bits:
+        carrier = self._carrier(args.bits)
+        if carrier > args.bits:
             moves.append("widen-codes")
         strategy: Strategy = "channel" if group_size == -1 else "group"
         size = None if group_size == -1 else group_size
-        target = replace(args, bits=self.bits or args.bits, strategy=strategy, group_size=size)
+        target = replace(args, bits=carrier, strategy=strategy, group_size=size)
         return tuple(moves), target, own // wanted
 
     def _weight_dtype(self) -> str:
@@ -271,12 +281,20 @@ class Planner:
         dtypes = Counter(checkpoint.tensors[name].dtype for name in checkpoint.plain_names if len(checkpoint.tensors[name].shape) == 2)
         return next((dtype for dtype, _ in dtypes.most_common() if dtype in {"F16", "BF16", "F32"}), "F16")
 
-    def _scale_dtype(self, stored: str) -> str:
+    def _carrier(self, bits: int) -> int:
+        """Bits that codes are stored in: those asked for, else the fewest that the target has and that hold them."""
+        return self.bits or min((held for held in self.holds.bits if held >= bits), default=bits)
+
+    def _scale_dtype(self, stored: str, per_channel: bool = False) -> str:
         if self.dense:
             return self.weight_dtype
+        if self.serve_dtype is not None and per_channel:
+            return SCALE_DTYPES[self.serve_dtype]
         if self.scale_dtype == "keep":
             return stored
-        return SCALE_DTYPES[self.scale_dtype] if self.scale_dtype else self.holds.scale_dtypes[0]
+        if self.scale_dtype is not None:
+            return SCALE_DTYPES[self.scale_dtype]
+        return stored if self.holds.scale_dtypes[0] == "keep" else self.holds.scale_dtypes[0]
 
     def _bias_dtype(self, stored: str) -> str:
         wanted = stored if self.dense else self._scale_dtype(stored)
@@ -415,6 +433,8 @@ class Planner:
 
     def _model_dtype(self, layers: list[LayerPlan]) -> str | None:
         """The dtype that engines should compute in: that of the scales, where it is a half precision one."""
+        if self.serve_dtype is not None:
+            return self.serve_dtype
         dtypes = {layer.target.scale_dtype for layer in layers}
         if len(dtypes) != 1 or (dtypes == {"F32"} and not self.dense):
             return None

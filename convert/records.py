@@ -14,7 +14,7 @@ from formats.checkpoint import Location
 from formats.errors import RefusedError
 from formats.ir import QuantScheme
 from formats.safetensors_file import OutputFile
-from formats.spec import FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
+from formats.spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
 LOSSES: dict[str, tuple[bool, str]] = {
     "scale-rounded": (True, "scales rounded to the dtype that the target's loaders want; results are normal numbers"),
@@ -86,6 +86,12 @@ class Plan:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def holds(self) -> Capabilities:
+        """What the target variant holds; plans are made only for variants that can be written."""
+        assert self.variant.holds is not None
+        return self.variant.holds
+
+    @property
     def target_name(self) -> str:
         return f"{self.spec.name}:{self.variant.name}"
 
@@ -112,6 +118,11 @@ class Plan:
         from .engine import peak_memory
 
         return peak_memory(self)
+
+    @property
+    def stem(self) -> str:
+        """Name of the weight files without shard number and suffix."""
+        return self.spec.stem(self.model, self.variant.name)
 
     def outputs(self, layer: LayerTarget) -> tuple[TensorSpec, ...]:
         """The tensors that spell ``layer`` in the target."""

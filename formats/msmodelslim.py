@@ -41,6 +41,9 @@ Quirks that this reader handles:
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,7 @@ from .errors import UnreadableError
 from .ir import QuantArgs, QuantizedLinear, QuantScheme, Strategy
 from .layouts import PackedMatrix, PackLayout
 from .safetensors_file import read_json
-from .spec import FormatSpec, Variant
+from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
 BITS = {"W4A16": 4, "W8A16": 8}
 """Types that are read, with their bits."""
@@ -265,16 +268,80 @@ def _strategy(name: str, shape: tuple[int, int], scale: tuple[int, ...]) -> tupl
     )
 
 
+def _type(layer: LayerTarget) -> str:
+    return f"W{layer.scheme.weights.bits}A16"
+
+
+def _model_type(model: ModelFacts) -> str:
+    """model_quant_type: the type of most layers."""
+    return Counter(_type(layer) for layer in model.layers).most_common(1)[0][0]
+
+
+def outputs(layer: LayerTarget, variant: str) -> tuple[TensorSpec, ...]:
+    """The tensors that spell ``layer``, in the tool's order: weight, bias, weight_scale, weight_offset."""
+    layout = CONTAINER
+    if variant == "ascendv1" and layer.scheme.weights.bits == 4:
+        layout = PACKED_COLUMNS if layer.groups == 1 else PACKED_ROWS
+    name, out = layer.name, layer.shape[0]
+    weight = TensorSpec(f"{name}.weight", "I8", layout.stored_shape(layer.shape), "codes", layout)
+    bias = () if layer.bias_dtype is None else (TensorSpec(f"{name}.bias", layer.bias_dtype, (out,), "bias"),)
+    shape = (out, layer.groups)
+    scale = TensorSpec(f"{name}.weight_scale", layer.scale_dtype, shape, "scales")
+    offset = TensorSpec(f"{name}.weight_offset", layer.scale_dtype, shape, "zero_points")
+    return (weight, *bias, scale, offset)
+
+
+def quantization_config(model: ModelFacts, variant: str) -> tuple[Mapping[str, Any], None]:
+    """({description file: object}, None): config.json says nothing of msModelSlim's quantization."""
+    kind = _model_type(model)
+    layers = {layer.name: layer for layer in model.layers}
+    description: dict[str, Any] = {"model_quant_type": kind}
+    if variant == "ascendv1":
+        description["version"] = "1.0.0"
+        sizes = {layer.group_size for layer in model.layers} - {-1}
+        if len(sizes) == 1:
+            description["group_size"] = sizes.pop()
+    for entry, name in model.entries:
+        if entry == "plain":
+            description[name] = "FLOAT"
+            continue
+        for spec in outputs(layers[name], variant):
+            description[spec.name] = "FLOAT" if spec.part == "bias" else _type(layers[name])
+    suffix = "" if variant == "ascendv1" else f"_{kind.lower()}"
+    return {f"quant_model_description{suffix}.json": description}, None
+
+
+def stem(model: ModelFacts, variant: str) -> str:
+    """quant_model_weight_<type>, in both of V0's variants."""
+    return f"quant_model_weight_{_model_type(model).lower()}"
+
+
+_HOLDS = Capabilities(
+    bits=(4, 8),
+    strategies=("channel", "group"),
+    group_sizes=(256, 128, 64, 32),
+    scale_dtypes=("keep", "F16", "BF16", "F32"),
+    lm_head=True,
+)
+
 SPEC = FormatSpec(
     name="msmodelslim",
     tool="msModelSlim 8.2 to 26.1",
-    about="safetensors and a description JSON, from an Ascend NPU",
+    about="safetensors and a description JSON, for Ascend NPUs",
     variants=(
-        Variant("safe_tensor", "Python API, save_type safe_tensor: codes a byte each", None),
-        Variant("ascendv1", "Python API, save_type ascendV1: 4-bit codes packed", None),
-        Variant("v1", "command line (modelslim_v1)", None),
+        Variant("safe_tensor", "Python API, save_type safe_tensor: codes a byte each", _HOLDS, "MindIE"),
+        Variant(
+            "ascendv1",
+            "Python API, save_type ascendV1: 4-bit codes packed",
+            replace(_HOLDS, multiple_of=(2, 2)),
+            "MindIE, vllm-ascend (W8A16)",
+        ),
+        Variant("v1", "command line (modelslim_v1): read only", None),
     ),
     detect=detect,
     open=MsModelSlim,
+    outputs=outputs,
+    quantization_config=quantization_config,
+    stem=stem,
     default_variant="safe_tensor",
 )

@@ -7,7 +7,7 @@ which part of the law it holds, in which layout), and the engine in ``convert.ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,12 +63,14 @@ class ModelFacts:
     """What a folder's quantization config must say about the whole model.
 
     layers        every quantized layer as it will be spelled; float_linears: linears left in float, full dotted names
+    entries       ("layer" | "plain", name) of everything in the folder, in order
     model_dtype   torch dtype name that the engine should compute in ("float16", "bfloat16"), or None to leave it
     """
 
     layers: tuple[LayerTarget, ...]
     float_linears: tuple[str, ...]
     model_dtype: str | None
+    entries: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class Capabilities:
     group_sizes                  inputs per group that its readers take; the first is preferred for per-channel sources
     smallest_zero                smallest zero point, in steps above the smallest code (GPTQ v1 stores z - 1: 1)
     act_order                    kinds of irregular g_idx
-    scale_dtypes                 safetensors names; the first is what its loaders want
+    scale_dtypes                 safetensors names; the first is what its loaders want; "keep": as they are
     inputs                       holds activation quantization
     multiple_of                  (out, in) must be multiples of these
     mixed_groups                 whether layers may have different group sizes within one folder
@@ -121,6 +123,7 @@ class FormatSpec:
     open                 headers only; the returned checkpoint reads layers lazily
     outputs              the tensors that spell one layer in a variant, or None if the format cannot be written yet
     quantization_config  ({file name: JSON object}, quantization_config for config.json) of a folder
+    stem                 name of the weight files without shard number and suffix
     """
 
     name: str
@@ -131,6 +134,7 @@ class FormatSpec:
     open: Callable[[Location, str], Checkpoint]
     outputs: Callable[[LayerTarget, str], tuple[TensorSpec, ...]] | None = None
     quantization_config: Callable[[ModelFacts, str], tuple[Mapping[str, Any], dict[str, Any] | None]] | None = None
+    stem: Callable[[ModelFacts, str], str] = lambda model, variant: "model"
     default_variant: str = field(default="")
 
     def variant(self, name: str) -> Variant | None:

@@ -663,7 +663,7 @@ class TestThePlanItself:
 
     def test_a_format_that_is_only_read_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(RefusedError, match="not written yet"):
-            planned(one(), tmp_path, "msmodelslim")
+            planned(one(), tmp_path, "msmodelslim:v1")
 
     @pytest.mark.parametrize("to", ["awq", "gptq", "dense"])
     def test_it_writes_nothing(self, tmp_path: Path, to: str) -> None:
