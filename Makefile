@@ -36,7 +36,7 @@ oracles: $(VENV)/.test
 	$(BIN)/nox --sessions autoawq autogptq
 
 bench: $(VENV)/.core
-	cd scripts && ../$(BIN)/python bench.py --plan
+	cd scripts && ../$(BIN)/python bench.py --hub --plan
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -40,7 +40,7 @@ def certificate(result: Result) -> dict[str, Any]:
         "target": {"format": plan.target_name, "files": [{"name": file.name, "size": file.size} for file in plan.files]},
         "options": plan.options,
         "moves": plan.move_counts(),
-        "losses": [asdict(loss) for loss in plan.losses],
+        "losses": [asdict(loss) for loss in result.losses],
         "not_carried": [item.tensor for item in plan.checkpoint.left_out] + plan.checkpoint.attention,
         "proved": source is not None,
     }

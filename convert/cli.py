@@ -135,16 +135,25 @@ def _holds_text(held: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+GPTQ_ZEROS = typer.Option(
+    None,
+    "--gptq-zeros",
+    metavar="mask|plain|carry",
+    help="How the top lane of GPTQ v1 zero points is read. Default: as its writer meant it.",
+)
+
+
 @app.command(cls=Failing)
 def inspect(
     path: str = typer.Argument(..., help="A checkpoint's folder, or one of its files."),
     layers: bool = typer.Option(False, "--layers", help="List every layer."),
+    gptq_zeros: str | None = GPTQ_ZEROS,
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Format, schemes by layer, sizes, bits per weight, what looks wrong."""
     from .inspection import inspect as function
 
-    report = function(path)
+    report = function(path, gptq_zeros=gptq_zeros)
     if json:
         _print_json(report.to_json())
         return
@@ -189,6 +198,7 @@ def plan(
     strict: bool = STRICT,
     scale_dtype: str | None = SCALE_DTYPE,
     serve_dtype: str | None = SERVE_DTYPE,
+    gptq_zeros: str | None = GPTQ_ZEROS,
     max_shard_size: str = SHARD,
     jobs: int | None = JOBS,
     json: bool = JSON,
@@ -205,6 +215,7 @@ def plan(
         scale_dtype=scale_dtype,
         max_shard_size=_size(max_shard_size),
         serve_dtype=serve_dtype,
+        gptq_zeros=gptq_zeros,
         jobs=jobs,
     )
     if json:
@@ -245,6 +256,7 @@ def convert(
     strict: bool = STRICT,
     scale_dtype: str | None = SCALE_DTYPE,
     serve_dtype: str | None = SERVE_DTYPE,
+    gptq_zeros: str | None = GPTQ_ZEROS,
     max_shard_size: str = SHARD,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder once the new one is whole."),
     jobs: int | None = JOBS,
@@ -264,6 +276,7 @@ def convert(
         scale_dtype=scale_dtype,
         max_shard_size=_size(max_shard_size),
         serve_dtype=serve_dtype,
+        gptq_zeros=gptq_zeros,
         jobs=jobs,
     )
     decided.raise_if_refused()
@@ -279,7 +292,7 @@ def echo_result(result: Any) -> None:
     """What a conversion did, in a few lines."""
     decided = result.plan
     typer.echo(f"{result.destination}: {decided.target_name}, {len(decided.layers)} quantized layers, {_gb(decided.target_bytes)}")
-    for loss in decided.losses:
+    for loss in result.losses:
         typer.echo(f"  {loss.code}: {loss.layers} layers, relative error at most {loss.bound:.3g} ({loss.worst})")
     for note in (*decided.notes, *(f"missing: {item}" for item in result.missing)):
         typer.echo(f"  note: {note}")
@@ -296,16 +309,18 @@ def echo_result(result: Any) -> None:
 def verify(
     a: str = typer.Argument(..., help="One checkpoint."),
     b: str = typer.Argument(..., help="The other."),
+    gptq_zeros: str | None = GPTQ_ZEROS,
     jobs: int | None = JOBS,
     json: bool = JSON,
 ) -> None:
     """Are these the same weights? From the two folders alone."""
-    from formats import open_checkpoint
+    from formats import Location, open_checkpoint
+    from formats.checkpoint import zeros_reading
 
     from .proof import matrices
     from .verification import verify as function
 
-    left, right = open_checkpoint(a), open_checkpoint(b)
+    left, right = (open_checkpoint(Location.of(path, zeros=zeros_reading(gptq_zeros))) for path in (a, b))
     total = sum(matrix.nbytes for matrix in matrices(left).values())
     with progress_bar("verifying", total, quiet=json) as progress:
         verdict = function(left, right, jobs=jobs, progress=progress)
@@ -342,13 +357,14 @@ def _print_verdict(verdict: Any, a: str, b: str) -> None:
 def fingerprint(
     path: str = typer.Argument(..., help="A checkpoint's folder, or one of its files."),
     tensors: bool = typer.Option(False, "--tensors", help="Also print the digest of every tensor."),
+    gptq_zeros: str | None = GPTQ_ZEROS,
     jobs: int | None = JOBS,
     json: bool = JSON,
 ) -> None:
     """The digest of the weights: the same in every format that holds the same weights."""
     from .verification import fingerprint as function
 
-    found = function(path, jobs=jobs)
+    found = function(path, jobs=jobs, gptq_zeros=gptq_zeros)
     if json:
         content: dict[str, Any] = {"fingerprint": found.digest, "weights": found.weights, "rest": found.rest}
         _print_json({**content, "tensors": {name: digest for name, (_, digest) in sorted(found.tensors.items())}})

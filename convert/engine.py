@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +23,9 @@ import numpy as np
 from formats import Checkpoint, Location
 from formats.errors import NotSameError, RefusedError, UnreadableError
 from formats.ir import Array, QuantizedLinear
-from formats.layouts import PackLayout, expect_work
+from formats.layouts import expect_work
 from formats.safetensors_file import DEFAULT_SHARD_BYTES, DTYPES, TensorInfo
+from formats.scaled_zeros import scale_zeros
 from formats.spec import TensorSpec
 
 from . import moves
@@ -41,12 +42,13 @@ from .proof import (
     Matrix,
     bands,
     compare_band,
+    is_zero_bias,
     join,
     layer_matrices,
     plain_matrix,
     read_codes,
 )
-from .records import LayerPlan, Plan
+from .records import LayerPlan, Loss, Plan
 from .staging import Output, staging, write_all
 
 TILE_ROWS = 16384
@@ -73,11 +75,20 @@ class Result:
         """Whether every weight is bit for bit what it was (only meaningful with proof)."""
         return self.source_fingerprint is not None and not self.rounded
 
+    @property
+    def losses(self) -> list[Loss]:
+        """The plan's losses; the bound of dequantized weights, which only a run can measure, as the proof found it."""
+        worst = max(self.rounded, key=lambda comparison: comparison.bound, default=None)
+        if worst is None:
+            return self.plan.losses
+        return [replace(loss, bound=worst.bound, worst=worst.name) if loss.code == "weight-rounded" else loss for loss in self.plan.losses]
+
     def to_json(self) -> dict[str, Any]:
         """What ``weighbridge convert --json`` prints."""
         source, target = self.source_fingerprint, self.target_fingerprint
         return {
             **self.plan.to_json(),
+            "losses": [asdict(loss) for loss in self.losses],
             "destination": str(self.destination),
             "proved": source is not None,
             "exact": self.exact,
@@ -112,6 +123,7 @@ def convert(
     progress: Progress | None = None,
     description: str | os.PathLike[str] | None = None,
     serve_dtype: str | None = None,
+    gptq_zeros: str | None = None,
 ) -> Result:
     """Convert checkpoint ``src`` into folder ``dst`` of format ``to``, and prove it.
 
@@ -121,7 +133,7 @@ def convert(
     """
     decided = plan(
         src, to, base_model=base_model, allow=allow, strict=strict, scale_dtype=scale_dtype,
-        max_shard_size=max_shard_size, jobs=jobs, description=description, serve_dtype=serve_dtype,
+        max_shard_size=max_shard_size, jobs=jobs, description=description, serve_dtype=serve_dtype, gptq_zeros=gptq_zeros,
     )  # fmt: skip
     decided.raise_if_refused()
     return run(decided, dst, overwrite=overwrite, proof=proof, progress=progress)
@@ -207,6 +219,8 @@ class _Engine:
         ours = layer_matrices(self.plan.checkpoint, name)
         quantized = not self.plan.holds.dequantized
         theirs = layer_matrices(target, name) if quantized else [plain_matrix(target, matrix.name) for matrix in ours]
+        if len(ours) != len(theirs):  # a bias of zeros counts as none
+            ours, theirs = ([matrix for matrix in side if not is_zero_bias(matrix)] for side in (ours, theirs))
         if len(ours) != len(theirs):
             raise NotSameError(
                 f"{name}: {len(ours)} tensors were read and {len(theirs)} written; this is a fault in Weighbridge: please report it"
@@ -253,7 +267,7 @@ class _Engine:
                 for rows in row_bands:
                     for start in range(0, in_, TILE_COLS):
                         yield partial(_write_tile, layer, spec, output, info, rows, slice(start, min(start + TILE_COLS, in_)))
-            elif spec.part in {"scales", "zero_points"}:
+            elif spec.part in {"scales", "zero_points", "scaled_zeros"}:
                 for rows in row_bands:
                     yield partial(_write_grid, layer, plan.repeat, self._smallest_zero(plan), spec, output, info, rows)
             else:
@@ -276,32 +290,48 @@ def _write_tile(layer: QuantizedLinear, spec: TensorSpec, output: Output, info: 
         return
     assert spec.layout is not None
     packed = spec.layout.pack(read_codes(layer, rows, cols))
-    output.write(info, packed, *_stored_corner(spec.layout, rows.start, cols.start))
+    output.write(info, packed, *spec.layout.corner(rows.start, cols.start))
 
 
 def _write_grid(
     layer: QuantizedLinear, repeat: int, smallest_zero: int, spec: TensorSpec, output: Output, info: TensorInfo, rows: slice
 ) -> None:
     """Scales or zero points of some output rows, repeated, cast and packed as the target stores them."""
-    if spec.part == "zero_points":
-        zeros = moves.spell_zero_point(layer.groups) if layer.zero_points is None else None
-        grid = zeros[rows] if zeros is not None else layer.grid("zero_points", rows)
+    zeros: Array | None = None
+    if spec.part != "scales":
+        grid = moves.spell_zero_point(layer.groups)[rows] if layer.zero_points is None else layer.grid("zero_points", rows)
         if grid.size and int(grid.min()) < smallest_zero:
             raise UnreadableError(
                 f"{layer.name}: a zero point is {int(grid.min())}, which the plan did not find; the source changed: run again"
             )
+        zeros = moves.repeat_groups(grid, repeat)
+    if zeros is not None and spec.part == "zero_points":
         if spec.layout is None:
-            output.write(info, moves.repeat_groups(grid, repeat).astype(DTYPES[spec.dtype]), rows.start, 0)
+            output.write(info, zeros.astype(DTYPES[spec.dtype]), rows.start, 0)
             return
-        packed = spec.layout.pack(moves.repeat_groups(grid, repeat))
-        output.write(info, packed, *_stored_corner(spec.layout, rows.start, 0))
+        packed = spec.layout.pack(_padded(zeros, spec.columns, -spec.layout.offset))
+        output.write(info, packed, *spec.layout.corner(rows.start, 0))
         return
     scales = cast(moves.repeat_groups(layer.grid("scales", rows), repeat), DTYPES[spec.dtype])
     if not np.isfinite(scales.astype(np.float32)).all():
         raise UnreadableError(
             f"{layer.name}: a scale does not fit {spec.dtype}, which the plan did not find; the source changed: run again"
         )
+    if zeros is not None:
+        scales = scale_zeros(layer.name, scales, zeros, layer.scheme.weights.bits)
+    if spec.order:
+        scales = scales.reshape(-1, len(spec.order), scales.shape[1])[:, list(spec.order)].reshape(scales.shape)
+    scales = _padded(scales, spec.columns, 0)
     output.write(info, scales.T if spec.transposed else scales, *((0, rows.start) if spec.transposed else (rows.start, 0)))
+
+
+def _padded(grid: Array, columns: int, value: int) -> Array:
+    """``grid`` [rows, groups] with columns of ``value`` after its own, up to ``columns`` of them."""
+    if columns <= grid.shape[1]:
+        return grid
+    padded = np.full((grid.shape[0], columns), value, dtype=grid.dtype)
+    padded[:, : grid.shape[1]] = grid
+    return padded
 
 
 def _write_vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec, output: Output, info: TensorInfo) -> None:
@@ -312,16 +342,6 @@ def _write_vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec, out
         assert layer.bias is not None
         data = cast(layer.bias, DTYPES[spec.dtype])
     output.write(info, data.reshape(1, -1), 0, 0)
-
-
-def _stored_corner(layout: PackLayout, row: int, col: int) -> tuple[int, int]:
-    """Where canonical [row, col] lies in the stored array (a multiple of the span along the packed axis)."""
-    word_bits = 8 * layout.word_dtype.itemsize
-    if layout.axis == "out":
-        row = row * layout.bits // word_bits
-    else:
-        col = col * layout.bits // word_bits
-    return (col, row) if layout.transposed else (row, col)
 
 
 def cast(values: Array, dtype: np.dtype[Any]) -> Array:

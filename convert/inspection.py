@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from formats import Checkpoint, Location, open_checkpoint
-from formats.checkpoint import Finding, float_linears
+from formats.checkpoint import Finding, float_linears, zeros_reading
 
 from .planning import FUSED
 
@@ -48,12 +48,12 @@ class Report:
         return {**asdict(self), "schemes": rows}
 
 
-def inspect(path: str | os.PathLike[str] | Location | Checkpoint) -> Report:
-    """Describe a checkpoint from its headers alone; weights are not read.
+def inspect(path: str | os.PathLike[str] | Checkpoint, *, gptq_zeros: str | None = None) -> Report:
+    """Describe a checkpoint from its headers; of the data, only GPTQ v1 zero points are looked at.
 
     raises  UnreadableError, RefusedError (a format that is not read yet)
     """
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Location.of(path, zeros=zeros_reading(gptq_zeros)))
     tensors = checkpoint.tensors
     rows: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
     layers: dict[str, str] = {}
@@ -83,7 +83,7 @@ def inspect(path: str | os.PathLike[str] | Location | Checkpoint) -> Report:
         len(plain),
         sum(tensors[name].nbytes for name in plain),
         float_linears(checkpoint),
-        [*checkpoint.findings, *_findings(checkpoint, layers)],
+        [*checkpoint.findings, *checkpoint.data_findings(), *_findings(checkpoint, layers)],
     )
 
 

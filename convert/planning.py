@@ -19,7 +19,7 @@ from types import MappingProxyType
 import numpy as np
 
 from formats import Checkpoint, find_format, open_checkpoint
-from formats.checkpoint import Location, float_linears, modules_in_every_block
+from formats.checkpoint import Location, float_linears, modules_in_every_block, zeros_reading
 from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.ir import QuantArgs, QuantizedLinear, QuantScheme, Strategy, read
 from formats.safetensors_file import DEFAULT_SHARD_BYTES, DTYPES, NAMES, OutputFile, lay_out
@@ -48,6 +48,7 @@ def plan(
     probe: bool = True,
     description: str | os.PathLike[str] | None = None,
     serve_dtype: str | None = None,
+    gptq_zeros: str | None = None,
 ) -> Plan:
     """Decide how ``src`` becomes format ``to``; reads headers, and with ``probe`` the small tensors; writes nothing.
 
@@ -57,6 +58,7 @@ def plan(
     strict         refuse every loss, rounding too
     scale_dtype    "keep", "float16", "bfloat16", "float32"; None: what the target's loaders want
     serve_dtype    msmodelslim only: "float16" or "bfloat16", in which the NPU will compute: the dtype of per-channel scales
+    gptq_zeros     "mask", "plain" or "carry": how the top lane of GPTQ v1 zero points is read; None: as the file's writer meant it
     max_shard_size bytes of tensor data per output file; jobs: worker threads (None: the CPUs that may be used)
     raises         UsageError, UnreadableError; refusals are in the plan, not raised
     """
@@ -78,7 +80,7 @@ def plan(
     if base is not None and "config.json" not in base.names:
         raise UnreadableError(f"{base.folder.name}: --base-model has no config.json; point at the float model's folder")
     with _no_cyclic_collection():
-        checkpoint = open_checkpoint(Location.of(src, description, base))
+        checkpoint = open_checkpoint(Location.of(src, description, base, zeros_reading(gptq_zeros)))
         planner = Planner(
             checkpoint, spec, variant, named, tuple(allow), strict, scale_dtype, jobs or available_cpus(), serve_dtype=serve_dtype
         )
@@ -329,6 +331,7 @@ class Planner:
             self.notes.extend(f"{count} tensors are not carried: {why}" for why, count in kinds.items())
         if not probe:
             return
+        self.notes.extend(f"{finding.where}: {finding.what}" for finding in self.checkpoint.data_findings())
         tensors = self.checkpoint.tensors
         for item in self.checkpoint.left_out:
             data = tensors.array(item.tensor)
@@ -355,7 +358,7 @@ class Planner:
 
     def _check_container(self, header: QuantizedLinear) -> None:
         """The first codes of a layer must fit its bits: bytes that do not are packed, whatever the description says."""
-        sample = read(header.codes, slice(0, min(32, header.shape[0])))
+        sample = read(header.codes, slice(0, min(64, header.shape[0])))
         if sample.size:
             check_codes(header, int(sample.min()), int(sample.max()))
 
@@ -379,7 +382,17 @@ class Planner:
         if self.dense and self.weight_dtype != "F32":
             self.errors["weight-rounded"].append((float(2.0 ** -(11 if self.weight_dtype == "F16" else 8)), name))
         args = replace(plan.target.scheme.weights, symmetric=facts.symmetric)
-        moves = (*plan.moves, "spell-zero-point") if facts.symmetric and "repack" in plan.moves else plan.moves
+        spelled = "spell-zero-point" if self.holds.zero_points else "drop-zero-point"
+        moves = (*plan.moves, spelled) if facts.symmetric and "repack" in plan.moves else plan.moves
+        if not (facts.symmetric or self.holds.zero_points):
+            found = next(zero for zero in (facts.zero_low, facts.zero_high) if zero != 1 << (args.bits - 1))
+            hint = f"convert to {self.spec.name}, which says zero points in its default variant"
+            self._refuse(
+                "zero-point", name, f"a zero point of {found}", f"has symmetric layers only (zero point {1 << (args.bits - 1)})", hint
+            )
+        if not self.dense and facts.zero_high >= 1 << args.bits:
+            hint = "read its zero points in another way (--gptq-zeros mask), or convert to dense"
+            self._refuse("zero-point", name, f"a zero point of {facts.zero_high}", f"ends at {(1 << args.bits) - 1}", hint)
         source = replace(plan.source, weights=replace(plan.source.weights, symmetric=facts.symmetric))
         return replace(plan, target=replace(plan.target, scheme=QuantScheme(args)), source=source, moves=moves)
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from formats import Checkpoint, Location, open_checkpoint
+from formats.checkpoint import zeros_reading
 from formats.layouts import expect_work
 
 from .planning import available_cpus
@@ -58,14 +59,14 @@ def verify(
     *,
     jobs: int | None = None,
     progress: Progress | None = None,
+    gptq_zeros: str | None = None,
 ) -> Verdict:
     """Are these the same weights? From the two checkpoints alone, whatever their formats.
 
     Codes and zero points must be equal, and scales equal or rounded to the other side's dtype; a float side is compared by
     value. progress is called with bytes done. Raises UnreadableError; differences are in the verdict, not raised.
     """
-    left = a if isinstance(a, Checkpoint) else open_checkpoint(a)
-    right = b if isinstance(b, Checkpoint) else open_checkpoint(b)
+    left, right = (_opened(path, gptq_zeros) for path in (a, b))
     ours, theirs = matrices(left), matrices(right)
     expect_work(sum(matrix.grid[0] * matrix.grid[1] for matrix in ours.values()))
     prints = Fingerprint(), Fingerprint()
@@ -108,15 +109,23 @@ def verify(
     return Verdict(prints[0], prints[1], len(shared), rounded, different, only[0], only[1])
 
 
+def _opened(path: str | os.PathLike[str] | Checkpoint, gptq_zeros: str | None) -> Checkpoint:
+    return path if isinstance(path, Checkpoint) else open_checkpoint(Location.of(path, zeros=zeros_reading(gptq_zeros)))
+
+
 def _is_zero_bias(matrix: Matrix) -> bool:
     return matrix.name.endswith(".bias") and matrix.plain is not None and not matrix.plain.any()
 
 
 def fingerprint(
-    path: str | os.PathLike[str] | Location | Checkpoint, *, jobs: int | None = None, progress: Progress | None = None
+    path: str | os.PathLike[str] | Checkpoint,
+    *,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+    gptq_zeros: str | None = None,
 ) -> Fingerprint:
     """The fingerprint of a checkpoint's weights: the same in every format that holds the same weights."""
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    checkpoint = _opened(path, gptq_zeros)
     found = matrices(checkpoint)
     expect_work(sum(matrix.grid[0] * matrix.grid[1] for matrix in found.values()))
     result = Fingerprint()

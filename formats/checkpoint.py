@@ -8,13 +8,25 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from .errors import UnreadableError
+from .errors import UnreadableError, UsageError
 from .ir import Array, PlainTensor, QuantizedLinear
 from .safetensors_file import SourceFile, TensorSet, open_index, read_json
+
+ZerosReading = Literal["mask", "plain", "carry"]
+
+
+def zeros_reading(name: str | None) -> ZerosReading | None:
+    """``name`` as a way of reading GPTQ v1 zero points; UsageError for another word."""
+    if name not in {None, *get_args(ZerosReading)}:
+        raise UsageError(f"--gptq-zeros {name}: wanted {', '.join(get_args(ZerosReading))}")
+    return name  # type: ignore[return-value]
+
+
+"""How to read a zero point stored less one as the largest value: as 0, as one more than fits, or carried into the next lane."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,7 @@ class Location:
     file          the file if one was named, else None
     description   a description JSON named apart (``ms_to_vllm --json``)
     base          the float model's folder, if one was named
+    zeros         how to read zero points that tools read differently (GPTQ v1), if the user says it; None: as the file's writer
     """
 
     folder: Path
@@ -31,9 +44,16 @@ class Location:
     file: Path | None = None
     description: Path | None = None
     base: Location | None = None
+    zeros: ZerosReading | None = None
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str], description: str | os.PathLike[str] | None = None, base: Location | None = None) -> Location:
+    def of(
+        cls,
+        path: str | os.PathLike[str],
+        description: str | os.PathLike[str] | None = None,
+        base: Location | None = None,
+        zeros: ZerosReading | None = None,
+    ) -> Location:
         """Look at ``path``; ``UnreadableError`` if there is nothing to read."""
         where = Path(path)
         described = None if description is None else Path(description)
@@ -41,9 +61,9 @@ class Location:
             raise UnreadableError(f"{described}: there is no such file")
         try:
             if where.is_dir():
-                return cls(where, tuple(sorted(os.listdir(where))), None, described, base)
+                return cls(where, tuple(sorted(os.listdir(where))), None, described, base, zeros)
             if where.is_file():
-                return cls(where.parent, tuple(sorted(os.listdir(where.parent))), where, described, base)
+                return cls(where.parent, tuple(sorted(os.listdir(where.parent))), where, described, base, zeros)
         except OSError as error:
             raise UnreadableError(f"{where}: cannot be read ({error.strerror or error})") from None
         raise UnreadableError(f"{where}: there is no such file or folder")
@@ -51,6 +71,19 @@ class Location:
     def json(self, name: str) -> dict[str, Any] | None:
         """The JSON object in ``name`` beside the weights, or None if there is no such file."""
         return read_json(self.folder / name) if name in self.names else None
+
+    def _torch_tensors(self) -> TensorSet:
+        """The tensors of a folder of the days before safetensors: pytorch_model.bin, or shards with their index."""
+        from .torch_file import TorchFile
+
+        if "pytorch_model.bin.index.json" in self.names:
+            return open_index(self.folder, self.folder / "pytorch_model.bin.index.json", TorchFile)
+        files = [name for name in self.names if name.endswith(".bin") and "training" not in name and "optimizer" not in name]
+        if "pytorch_model.bin" in files:
+            files = ["pytorch_model.bin"]
+        if len(files) != 1:
+            raise UnreadableError(f"{self.folder.name}: {len(files)} .bin files and no index; put pytorch_model.bin.index.json beside them")
+        return TensorSet([self.folder / files[0]], opener=TorchFile)
 
     def tensors(self, prefix: str = "") -> TensorSet:
         """Open the weights: the named file, else an index, else the single safetensors file of the folder.
@@ -62,6 +95,8 @@ class Location:
         if self.file is not None and self.file.name.endswith(".safetensors.index.json"):
             return open_index(self.folder, self.file)
         weights = [name for name in self.names if name.endswith(".safetensors")]
+        if not weights and any(name.endswith(".bin") for name in self.names):
+            return self._torch_tensors()
         indexes = [name for name in self.names if name.endswith(".safetensors.index.json")]
         if prefix and any(name.startswith(prefix) for name in weights + indexes):
             weights = [name for name in weights if name.startswith(prefix)]
@@ -154,6 +189,10 @@ class Checkpoint:
         """The plain tensor ``name``, as a view."""
         info = self.tensors[name]
         return PlainTensor(name, info.dtype, info.shape, self.tensors.array(name))
+
+    def data_findings(self) -> list[Finding]:
+        """Findings that only the data can make; reads small tensors. None by default."""
+        return []
 
     @property
     def layer_names(self) -> list[str]:

@@ -8,16 +8,22 @@ qweight   int32    [K*b/32, N]   bit stream along K: input ``j`` is at bits ``[j
 qzeros    int32    [G, N*b/32]   the same along N; v1 stores ``z - 1``, v2 stores ``z``
 scales    float16  [G, N]        AutoGPTQ writes the model's dtype, so bfloat16 and float32 occur
 g_idx     int32    [K]           group of each input; ``k // g`` without act order
-bias      float16  [N]           AutoGPTQ writes zeros even where the model has no bias
+bias      float16  [N]           AutoGPTQ writes zeros even where the model has no bias (quirk 7)
 ========  =======  ============  ===================================================================================
 
 Law: ``w[n, k] = scales[g, n] * (q[k, n] - z[g, n])`` with ``g = g_idx[k]``; q and z unsigned here. group_size -1: one group.
 
+Marlin (AutoGPTQ 0.7.1, ``is_marlin_format``; 4 bits, symmetric, read only) has instead ``B`` int32 [K/16, 2N] and ``s`` float16
+[G, N], no zero points and no g_idx: ``formats.marlin`` has the tile.
+
 Quirks:
 
-1. v1 cannot say a zero point of 0: ``z - 1 = -1`` wraps to the top lane, which readers decode in three different ways, and
-   AutoGPTQ's own packer smears it over the higher lanes of the word. A writer must use v2 for it. This reader decodes the top
-   lane of v1 as AutoGPTQ's older kernel does, ``(lane + 1) mod 2**b``.
+1. v1 cannot say a zero point of 0: ``z - 1 = -1`` wraps to the top lane, and AutoGPTQ's own packer smears it over the higher
+   lanes of the word. A writer must use v2 for it. Readers decode the top lane in three ways: ``mask``, ``(lane + 1) mod 2**b``,
+   so 0 (AutoGPTQ's qlinear_cuda_old for 2, 4, 8 bits); ``plain``, ``lane + 1``, so ``2**b`` (its qlinear_cuda, ExLlama, and
+   qlinear_cuda_old for 3 bits); ``carry``, a word of ones added to the whole word, so 0 and one more in the next lane
+   (GPTQModel, transformers; for 3 bits lane by lane). The default is that of the tool that wrote the file: ``meta.quantizer``
+   names GPTQModel, everything else is read as AutoGPTQ reads it.
 2. AutoGPTQ reads quantize_config.json only, transformers and vLLM config.json: both are written, with the same content.
    ``desc_act`` missing means True to AutoGPTQ; vLLM refuses a config without ``desc_act`` or ``sym``.
 3. transformers leaves ``g_idx`` and ``qzeros`` uninitialised if they are missing: always write both.
@@ -25,6 +31,8 @@ Quirks:
 5. The key ``is_marlin_format`` makes GPTQModel refuse a folder: not written.
 6. Layers left in float: GPTQModel and vLLM read ``dynamic`` ("-:" patterns), transformers and vLLM
    ``modules_in_block_to_quantize``, which holds only if every block is alike.
+7. A bias of zeros in a linear that has none in the model (Llama; Qwen2 but for q, k, v) is AutoGPTQ's own: it is left out.
+8. ``pack_dtype`` other than int32 is GPTQModel's alone; no other loader reads it.
 """
 
 from __future__ import annotations
@@ -32,18 +40,23 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import numpy as np
 
-from .checkpoint import Checkpoint, Location, Unsupported, modules_in_every_block
-from .errors import UnreadableError
-from .ir import Array, QuantArgs, QuantizedLinear, QuantScheme
+from .checkpoint import Finding, LeftOut, Location, Unsupported, ZerosReading, modules_in_every_block
+from .errors import UnreadableError, UsageError
+from .gptq_config import ModuleRules, has_bias, usual_reading
+from .ir import Array, ArrayLike, QuantArgs, QuantizedLinear, QuantScheme
 from .layouts import PackedMatrix, PackLayout
+from .marlin import MARLIN, PermutedScales
+from .qweight import FLOATS, QweightCheckpoint
 from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
 CONFIG = "quantize_config.json"
 PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
+MARLIN_PARTS = ("B", "s", "bias")
 BITS = (2, 3, 4, 8)
 
 
@@ -54,9 +67,30 @@ def codes_layout(bits: int) -> PackLayout:
 
 
 @functools.cache
-def zeros_layout(bits: int, variant: str) -> PackLayout:
-    """qzeros of v1 (one less than the zero point) or v2, stored [groups, out]."""
-    return PackLayout(bits, "<i4", "out", transposed=True, offset=(1 << (bits - 1)) - (variant == "v1"), low=-(1 << (bits - 1)))
+def zeros_layout(bits: int, variant: str, reading: ZerosReading = "mask") -> PackLayout:
+    """qzeros of v1 (one less than the zero point) or v2, stored [groups, out]; reading "plain": v1's top lane is one more than fits."""
+    half, v1 = 1 << (bits - 1), variant == "v1"
+    return PackLayout(bits, "<i4", "out", transposed=True, offset=half - v1, low=-half + (v1 and reading == "plain"))
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedZeros:
+    """v1's qzeros, to which a word of ones is added with carry from lane to lane, [out, groups] (``LazyArray``)."""
+
+    bits: int
+    stored: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return zeros_layout(self.bits, "v2").canonical_shape((self.stored.shape[0], self.stored.shape[1]))
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.int16)
+
+    def read(self, rows: slice = slice(None), cols: slice = slice(None)) -> Array:
+        words = (np.ascontiguousarray(self.stored).view(np.uint32) + np.uint32(_ones(self.bits))).view(np.int32)
+        return zeros_layout(self.bits, "v2").unpack(words, rows, cols, "<i2")
 
 
 def detect(location: Location) -> str | None:
@@ -64,7 +98,7 @@ def detect(location: Location) -> str | None:
     config = quantization_of(location)
     if config is None or str(config.get("quant_method", "gptq")).lower() not in {"gptq", "marlin"}:
         return None
-    return "v2" if _checkpoint_format(config) == "gptq_v2" else "v1"
+    return {"gptq_v2": "v2", "marlin": "marlin"}.get(_checkpoint_format(config), "v1")
 
 
 def quantization_of(location: Location) -> dict[str, Any] | None:
@@ -80,49 +114,103 @@ def quantization_of(location: Location) -> dict[str, Any] | None:
 
 def _checkpoint_format(config: Mapping[str, Any]) -> str:
     marlin = config.get("is_marlin_format") or str(config.get("quant_method", "")).lower() == "marlin"
-    return "marlin" if marlin else str(config.get("checkpoint_format", "gptq")).lower()
+    return "marlin" if marlin else str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
 
 
-class Gptq(Checkpoint):
-    """Reader of v1 and v2 folders. Bits and group size come from shapes; the config must not contradict them."""
+def has_full_lanes(stored: Array, bits: int) -> bool:
+    """Whether a lane of int32 words has all its bits set; True where lanes straddle words and only unpacking can say it."""
+    if 32 % bits:
+        return True
+    words = np.ascontiguousarray(stored).view(np.uint32)
+    full = words
+    for bit in range(1, bits):
+        full = full & (words >> np.uint32(bit))
+    return bool((full & np.uint32(_ones(bits))).any())
+
+
+def _ones(bits: int) -> int:
+    """A word of lanes of 1."""
+    return sum(1 << lane for lane in range(0, 32, bits))
+
+
+class Gptq(QweightCheckpoint):
+    """Reader of v1, v2 and Marlin folders. Bits and group size come from shapes; the config must not contradict them.
+
+    reading   how v1's zero points stored as the largest value are read; None: as the tool reads them that wrote the file
+    """
 
     def __init__(self, location: Location, variant: str) -> None:
-        config = quantization_of(location) or {}
-        super().__init__(location, "gptq", variant, location.tensors("gptq_model" if "model.safetensors" not in location.names else ""))
-        kind = _checkpoint_format(config)
-        self._act_order = bool(config.get("desc_act", False))
-        self._dynamic = bool(config.get("dynamic"))
-        self._bits, self._group = config.get("bits"), config.get("group_size")
-        for tensor in self.tensors:
-            module, _, leaf = tensor.rpartition(".")
-            is_layer = leaf in PARTS and f"{module}.qweight" in self.tensors
-            if is_layer and leaf == "qweight":
-                if kind not in {"gptq", "gptq_v2"}:
-                    self.unsupported.append(Unsupported(module, f"GPTQ {kind}", f"checkpoint format {kind!r} is not read yet"))
-                else:
-                    self.entries.append(("layer", module))
-            elif leaf in {"qzeros", "g_idx"} and not is_layer:
-                raise UnreadableError(f"{module}: has {leaf}, but no qweight; the checkpoint is incomplete")
-            elif not is_layer:
-                self.entries.append(("plain", tensor))
-        if kind == "marlin" and not self.unsupported:
-            self.unsupported.append(Unsupported("every layer", "GPTQ marlin", "checkpoint format 'marlin' is not read yet"))
+        self._said = config = quantization_of(location) or {}
+        tensors = location.tensors("gptq_model" if "model.safetensors" not in location.names else "")
+        super().__init__(location, "gptq", variant, tensors, MARLIN_PARTS if variant == "marlin" else PARTS)
+        self.reading: ZerosReading | None = location.zeros
+        if self.reading not in {None, *get_args(ZerosReading)}:
+            raise UsageError(f"zero points read as {self.reading!r}: wanted {', '.join(get_args(ZerosReading))}")
+        self._rules = ModuleRules(config.get("dynamic"))
+        kind, pack_dtype = _checkpoint_format(config), str(config.get("pack_dtype") or "int32").lower()
+        if kind not in {"gptq", "gptq_v2", "marlin"}:
+            self._refuse_all(f"GPTQ {kind}", f"checkpoint format {kind!r} is not read yet")
+        elif pack_dtype != "int32":
+            self._refuse_all(
+                f"GPTQ pack_dtype {pack_dtype}", f"only int32 words are read; pack it again with pack_dtype int32 ({pack_dtype!r})"
+            )
+        self._leave_out_biases()
 
-    def layer_tensors(self, name: str) -> tuple[str, ...]:
-        return tuple(f"{name}.{part}" for part in PARTS if f"{name}.{part}" in self.tensors)
+    def _refuse_all(self, type: str, why: str) -> None:
+        self.unsupported = [Unsupported(module, type, why) for module in self.layer_names]
+        self.entries = [entry for entry in self.entries if entry[0] == "plain"]
+
+    def _leave_out_biases(self) -> None:
+        """Biases of zeros in linears of which the model has none: AutoGPTQ writes them. Any other bias is the model's."""
+        base = self.location.base
+        config = (self.config if base is None else base.json("config.json")) or {}
+        why = f"zeros that AutoGPTQ adds as a bias, which {config.get('model_type')} does not have"
+        self._no_bias = {name for name in self.layer_names if f"{name}.bias" in self.tensors and not has_bias(config, name)}
+        for name in self.layer_names:
+            if name in self._no_bias and self.bias(name) is None:
+                self.left_out.append(LeftOut(f"{name}.bias", "zero", "", why, "and no longer is zero"))
+
+    def bias(self, name: str) -> Array | None:
+        bias = super().bias(name)
+        return None if bias is not None and name in self._no_bias and not bias.any() else bias
+
+    def reading_of(self, bits: int) -> ZerosReading:
+        """How v1's zero points of so many bits are read where they are stored as the largest value."""
+        return self.reading or usual_reading(self._said, bits)
+
+    def data_findings(self) -> list[Finding]:
+        """That v1 stores the largest value, which tools read differently; reads qzeros alone."""
+        if self.variant != "v1":
+            return []
+        found: dict[int, list[tuple[str, int]]] = {}
+        for name in self.layer_names:
+            bits, stored = self.layer(name).scheme.weights.bits, self.part(name, "qzeros")
+            if has_full_lanes(stored, bits):
+                lanes = zeros_layout(bits, "v1").unpack(stored, dtype="<i2")
+                if count := int((lanes == -(1 << (bits - 1))).sum()):
+                    found.setdefault(bits, []).append((name, count))
+            self.tensors.release(f"{name}.qzeros")
+        return [
+            Finding(
+                "top-lane",
+                layers[0][0] if len(layers) == 1 else f"{layers[0][0]} and {len(layers) - 1} more layers",
+                f"{sum(count for _, count in layers)} zero points are stored as {(1 << bits) - 1}, the largest value, which tools read as "
+                f"0 (mask), as {1 << bits} (plain) or with a carry into the next output (carry); they are read as: {self.reading_of(bits)}",
+            )
+            for bits, layers in found.items()
+        ]
 
     def layer(self, name: str) -> QuantizedLinear:
-        for part in ("qweight", "qzeros", "scales"):
-            info = self.tensors.get(f"{name}.{part}")
-            if info is None or len(info.shape) != 2 or (info.dtype != "I32" and part != "scales"):
-                found = "is missing" if info is None else f"is {info.dtype} {list(info.shape)}"
-                raise UnreadableError(f"{name}: {part} {found}; GPTQ has qweight and qzeros int32 and scales, all 2-D")
-        scales = self.tensors.array(f"{name}.scales").T
+        if self.variant == "marlin":
+            return self._marlin(name)
+        wanted = {"qweight": ("I32",), "qzeros": ("I32",), "scales": FLOATS}
+        self.require(name, wanted, "GPTQ has qweight and qzeros int32 and scales, all 2-D")
+        scales = self.part(name, "scales").T
         out, groups = scales.shape
         bits, in_ = self._sizes(name, out, groups)
-        codes = PackedMatrix(codes_layout(bits), self.tensors.array(f"{name}.qweight"))
-        zeros = PackedMatrix(zeros_layout(bits, self.variant), self.tensors.array(f"{name}.qzeros"), "<i2")
-        if codes.shape != (out, in_) or zeros.shape != (out, groups):
+        codes = PackedMatrix(codes_layout(bits), self.part(name, "qweight"))
+        zeros = self._zeros(name, bits)
+        if codes.shape != (out, in_) or tuple(zeros.shape) != (out, groups):
             raise UnreadableError(
                 f"{name}: codes are [out, in] = {list(codes.shape)}, zero points [out, groups] = {list(zeros.shape)}, "
                 f"scales {[out, groups]}, g_idx [{in_}]; they contradict one another"
@@ -130,11 +218,32 @@ class Gptq(Checkpoint):
         group_size = in_ // groups
         g_idx = self._g_idx(name, in_, groups, group_size)
         order = None if g_idx is None else "group"
-        if order is None and self._act_order and groups > 1:
+        said = {**self._said, **(self._rules.find(name) or {})}
+        if order is None and said.get("desc_act") and groups > 1:
             order = "static"
         weights = QuantArgs(bits, "int", False, "group" if groups > 1 else "channel", group_size if groups > 1 else None, None, order)  # type: ignore[arg-type]
-        bias = self.tensors.array(f"{name}.bias") if f"{name}.bias" in self.tensors else None
-        layer = QuantizedLinear(name, (out, in_), QuantScheme(weights), codes, scales, zeros, g_idx=g_idx, bias=bias)
+        layer = QuantizedLinear(name, (out, in_), QuantScheme(weights), codes, scales, zeros, g_idx=g_idx, bias=self.bias(name))
+        layer.check()
+        return layer
+
+    def _zeros(self, name: str, bits: int) -> ArrayLike:
+        stored, reading = self.part(name, "qzeros"), self.reading_of(bits)
+        if self.variant == "v1" and reading == "carry" and bits != 3:
+            return CarriedZeros(bits, stored)
+        return PackedMatrix(zeros_layout(bits, self.variant, "mask" if reading == "carry" else reading), stored, "<i2")
+
+    def _marlin(self, name: str) -> QuantizedLinear:
+        self.require(name, {"B": ("I32",), "s": FLOATS}, "GPTQ's Marlin layout has B int32 and s, both 2-D")
+        codes, scales = PackedMatrix(MARLIN, self.part(name, "B")), PermutedScales(self.part(name, "s"))
+        (out, in_), groups = codes.shape, scales.shape[1]
+        if scales.shape[0] != out or not (groups and in_) or in_ % groups:
+            raise UnreadableError(
+                f"{name}: codes are [out, in] = {[out, in_]}, scales [groups, out] = {[groups, scales.shape[0]]}; "
+                "they contradict one another"
+            )
+        self._check_config(name, 4, in_, in_ // groups)
+        weights = QuantArgs(4, "int", True, "group" if groups > 1 else "channel", in_ // groups if groups > 1 else None)
+        layer = QuantizedLinear(name, (out, in_), QuantScheme(weights), codes, scales, bias=self.bias(name))
         layer.check()
         return layer
 
@@ -151,13 +260,21 @@ class Gptq(Checkpoint):
             raise UnreadableError(f"{name}: g_idx is {g_idx.dtype} {list(g_idx.shape)}, wanted int32 [{in_}]")
         if not groups or in_ % groups:
             raise UnreadableError(f"{name}: {groups} groups do not divide {in_} inputs")
-        wanted = in_ if self._group == -1 else self._group
-        if not self._dynamic and (self._bits not in {None, bits} or wanted not in {None, in_ // groups}):
+        self._check_config(name, bits, in_, in_ // groups)
+        return bits, in_
+
+    def _check_config(self, name: str, bits: int, in_: int, group_size: int) -> None:
+        """UnreadableError if the config, or ``dynamic``'s rule for this module, says otherwise than the shapes."""
+        rule = self._rules.find(name)
+        if rule is None:
+            raise UnreadableError(f"{name}: is quantized, and dynamic in the config says that it is left in float; correct the config")
+        said = {key: rule.get(key, self._said.get(key)) for key in ("bits", "group_size")}
+        wanted = in_ if said["group_size"] == -1 else said["group_size"]
+        if said["bits"] not in {None, bits} or wanted not in {None, group_size}:
             raise UnreadableError(
-                f"{name}: shapes say {bits} bits and group_size {in_ // groups}, the config says {self._bits} and {self._group}; "
+                f"{name}: shapes say {bits} bits and group_size {group_size}, the config says {said['bits']} and {said['group_size']}; "
                 "correct the config"
             )
-        return bits, in_
 
     def _g_idx(self, name: str, in_: int, groups: int, group_size: int) -> Array | None:
         """The group index if it is irregular, else None."""
@@ -233,6 +350,7 @@ SPEC = FormatSpec(
     variants=(
         Variant("v1", "zero points stored minus one: 0 cannot be said", Capabilities(**_HOLDS, smallest_zero=1), readers="all"),  # type: ignore[arg-type]
         Variant("v2", "zero points stored as they are", Capabilities(**_HOLDS), readers="GPTQModel, transformers"),  # type: ignore[arg-type]
+        Variant("marlin", "4-bit tiles of 64 outputs by 16 inputs, symmetric", None, readers="AutoGPTQ 0.7.1, on GPUs"),
     ),
     detect=detect,
     open=Gptq,

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from .ir import Array
-from .layouts import PackLayout
+from .layouts import PackLayout, TileLayout
 
 _WORDS = 16
 """Words per block of a transposing kernel: 16 words of 4 bytes fill a cache line."""
@@ -58,6 +58,28 @@ def unpack(layout: PackLayout, stored: Array) -> Array:
     else:
         source = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
         _unpack_stream(codes.reshape(-1), *_stream(layout, shape, shape[1]), _frozen(source), layout.low)
+    return codes
+
+
+def pack_tiles(layout: TileLayout, codes: Array, stored: Array) -> None:
+    """Pack int8 ``codes`` [out, in] of whole tiles into the C-contiguous array ``stored``."""
+    source, stride = _flat(codes)
+    out, in_ = codes.shape[0] // layout.tile[0], codes.shape[1] // layout.tile[1]
+    steps = out, in_, layout.tile[0] * stride, layout.tile[1], *_tile_steps(layout, stored.shape[1])
+    words = stored.reshape(-1).view(np.dtype(f"u{layout.word_dtype.itemsize}"))
+    _pack_tiles(source, _tile_places(layout, stride), *steps, layout.words, layout.bits, layout.offset, words)
+
+
+def unpack_tiles(layout: TileLayout, stored: Array) -> Array:
+    """Unpack whole tiles, ``stored`` being a 2-D view whose rows are contiguous, to a new int8 array [out, in]."""
+    shape = layout.canonical_shape((stored.shape[0], stored.shape[1]))
+    codes = np.empty(shape, dtype=np.int8)
+    words, stride = _flat_words(stored, np.dtype(f"u{layout.word_dtype.itemsize}"))
+    out, in_ = shape[0] // layout.tile[0], shape[1] // layout.tile[1]
+    steps = out, in_, layout.tile[0] * shape[1], layout.tile[1], *_tile_steps(layout, stride)
+    turn = layout.offset + layout.low
+    places = _tile_places(layout, shape[1])
+    _unpack_tiles(words, places, *steps, layout.words, layout.bits, turn, layout.low, codes.reshape(-1))
     return codes
 
 
@@ -140,6 +162,17 @@ def _shifts(layout: PackLayout) -> Array:
     lanes = 32 // layout.bits
     order = layout.order or tuple(range(lanes))
     return np.asarray(np.argsort(order) * layout.bits, dtype=np.uint32)
+
+
+def _tile_steps(layout: TileLayout, stride: int) -> tuple[int, int]:
+    """Stored words from a tile to the next along out, and along in."""
+    return (layout.words, stride) if layout.transposed else (stride, layout.words)
+
+
+def _tile_places(layout: TileLayout, stride: int) -> Array:
+    """For each lane of a tile, where its code lies from the tile's corner in codes of this row stride."""
+    row, col = np.divmod(np.asarray(layout.order, dtype=np.int64), layout.tile[1])
+    return np.asarray(row * stride + col)
 
 
 def _stream(layout: PackLayout, shape: tuple[int, ...], stride: int) -> tuple[Any, ...]:
@@ -307,6 +340,41 @@ def _unpack_stream(  # type: ignore[no-untyped-def]
                 codes[line * code_line + (j0 + order[i]) * code_axis] = np.int8(lane + np.int32(low))
                 held >>= np.uint32(bits)
                 filled -= bits
+
+
+@_jit
+def _pack_tiles(  # type: ignore[no-untyped-def]
+    source, places, outs, ins, out_codes, in_codes, out_words, in_words, count, bits, offset, stored
+):
+    mask = np.uint32((1 << bits) - 1)
+    lanes = len(places) // count
+    for o in range(outs):
+        for i in range(ins):
+            corner = o * out_codes + i * in_codes
+            word = o * out_words + i * in_words
+            for w in range(count):
+                held = np.uint32(0)
+                for lane in range(lanes):
+                    code = np.int32(source[corner + places[w * lanes + lane]]) + np.int32(offset)
+                    held |= (np.uint32(code) & mask) << np.uint32(lane * bits)
+                stored[word + w] = held
+
+
+@_jit
+def _unpack_tiles(  # type: ignore[no-untyped-def]
+    words, places, outs, ins, out_codes, in_codes, out_words, in_words, count, bits, turn, low, codes
+):
+    mask = np.int32((1 << bits) - 1)
+    lanes = len(places) // count
+    for o in range(outs):
+        for i in range(ins):
+            corner = o * out_codes + i * in_codes
+            word = o * out_words + i * in_words
+            for w in range(count):
+                held = np.uint32(words[word + w])
+                for lane in range(lanes):
+                    code = (np.int32((held >> np.uint32(lane * bits)) & np.uint32(mask)) - np.int32(turn)) & mask
+                    codes[corner + places[w * lanes + lane]] = np.int8(code + np.int32(low))
 
 
 @_jit

@@ -7,6 +7,9 @@ is large enough to pay for loading it.
 
 The packed axis is a little-endian bit stream: code ``j`` occupies bits ``[j * bits, (j + 1) * bits)`` of it,
 so widths that do not divide a word (3 bits) straddle words. ``order`` permutes codes inside a span.
+
+A ``TileLayout`` is the other kind: rectangles of [out, in] that are stored whole, their codes in an order of their own
+(what tensor cores or a GEMV kernel want). Both are a ``Layout``.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import functools
 import math
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -29,6 +32,42 @@ Axis = Literal["out", "in"]
 
 NUMBA_PAYS_FROM = 1 << 25
 """Codes in a run from which loading and warming the Numba kernels costs less than it saves."""
+
+
+class Layout(Protocol):
+    """How a canonical integer matrix [out, x] sits in a stored tensor; whole matrices and rectangles cut at its borders."""
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def offset(self) -> int: ...
+
+    @property
+    def word_dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def is_verbatim(self) -> bool: ...
+
+    def stored_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the stored tensor for a canonical matrix of ``shape``."""
+        ...
+
+    def canonical_shape(self, stored: tuple[int, int]) -> tuple[int, int]:
+        """The inverse of ``stored_shape``."""
+        ...
+
+    def corner(self, row: int, col: int) -> tuple[int, int]:
+        """Where canonical [row, col], at a border of the layout, lies in the stored array."""
+        ...
+
+    def pack(self, codes: Array) -> Array:
+        """Canonical integers -> a new stored array."""
+        ...
+
+    def unpack(self, stored: Array, rows: slice = slice(None), cols: slice = slice(None), dtype: str = "i1") -> Array:
+        """A rectangle of the canonical matrix out of the whole ``stored`` array."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +124,18 @@ class PackLayout:
             return out * scale // self.bits, other
         return out, other * scale // self.bits
 
+    def corner(self, row: int, col: int) -> tuple[int, int]:
+        """Where canonical [row, col] lies in the stored array; along the packed axis a multiple of ``span``."""
+        word_bits = 8 * self.word_dtype.itemsize
+        if self.axis == "out":
+            row = row * self.bits // word_bits
+        else:
+            col = col * self.bits // word_bits
+        return (col, row) if self.transposed else (row, col)
+
     def pack(self, codes: Array) -> Array:
         """Canonical integer ``[out, x]`` -> a new stored array. Codes outside the lane's range raise ``WeighbridgeError``."""
-        if codes.size and not (self.low <= int(codes.min()) and int(codes.max()) < self.low + (1 << self.bits)):
-            raise WeighbridgeError(
-                f"codes from {int(codes.min())} to {int(codes.max())} do not fit lanes of {self.bits} bits "
-                f"that hold {self.low} to {self.low + (1 << self.bits) - 1}"
-            )
+        _check_lanes(codes, self.bits, self.low)
         stored = np.empty(self.stored_shape((codes.shape[0], codes.shape[1])), dtype=self.word_dtype)
         engine = kernels() if self._in_bytes else None
         if engine is None:
@@ -141,17 +185,124 @@ class PackLayout:
         return stored[cuts[1], cuts[0]] if self.transposed else stored[cuts[0], cuts[1]]
 
 
+def _check_lanes(codes: Array, bits: int, low: int) -> None:
+    if codes.size and not (low <= int(codes.min()) and int(codes.max()) < low + (1 << bits)):
+        raise WeighbridgeError(
+            f"codes from {int(codes.min())} to {int(codes.max())} do not fit lanes of {bits} bits "
+            f"that hold {low} to {low + (1 << bits) - 1}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TileLayout:
+    """Tiles of a canonical ``[out, in]`` matrix, each stored in one row of words, its codes in an order of their own.
+
+    bits          bits of one stored lane: 1 to 8
+    word          NumPy dtype of the stored tensor
+    tile          (out, in) extent of a tile
+    order         lane i of a tile's words, the lowest bits of the first word first, holds the tile's code ``order[i]``,
+                  counted along in, then out
+    transposed    tiles that follow one another along out lie in one stored row, instead of those along in
+    offset, low   as in ``PackLayout``
+    """
+
+    bits: int
+    word: str
+    tile: tuple[int, int]
+    order: tuple[int, ...] = field(repr=False)
+    transposed: bool = False
+    offset: int = 0
+    low: int = 0
+
+    def __post_init__(self) -> None:
+        if sorted(self.order) != list(range(self.tile[0] * self.tile[1])):
+            raise WeighbridgeError(f"the lane order of a tile of {self.tile} is not a permutation of its codes")
+        if len(self.order) * self.bits % (8 * self.word_dtype.itemsize):
+            raise WeighbridgeError(f"a tile of {self.tile} codes of {self.bits} bits does not fill words of {self.word}")
+
+    @property
+    def word_dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.word)
+
+    @property
+    def is_verbatim(self) -> bool:
+        return False
+
+    @property
+    def words(self) -> int:
+        """Words of a tile."""
+        return len(self.order) * self.bits // (8 * self.word_dtype.itemsize)
+
+    def stored_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the stored tensor for a canonical matrix of ``shape``."""
+        if shape[0] % self.tile[0] or shape[1] % self.tile[1]:
+            raise UnreadableError(f"codes [out, in] = {list(shape)} do not fill tiles of {list(self.tile)}")
+        return self.corner(*shape)
+
+    def canonical_shape(self, stored: tuple[int, int]) -> tuple[int, int]:
+        """The inverse of ``stored_shape``."""
+        if stored[1] % self.words:
+            raise UnreadableError(f"rows of {stored[1]} words do not hold whole tiles of {self.words} words")
+        first, second = stored[0], stored[1] // self.words
+        out, in_ = (second, first) if self.transposed else (first, second)
+        return out * self.tile[0], in_ * self.tile[1]
+
+    def corner(self, row: int, col: int) -> tuple[int, int]:
+        """Where canonical [row, col], the corner of a tile, lies in the stored array."""
+        out, in_ = row // self.tile[0], col // self.tile[1]
+        return (in_, out * self.words) if self.transposed else (out, in_ * self.words)
+
+    def pack(self, codes: Array) -> Array:
+        """Canonical integer ``[out, in]`` of whole tiles -> a new stored array; codes that do not fit raise ``WeighbridgeError``."""
+        _check_lanes(codes, self.bits, self.low)
+        shape = self.stored_shape((codes.shape[0], codes.shape[1]))
+        engine = self._engine()
+        if engine is None or not codes.size:
+            return pack_tiles_reference(self, codes)
+        stored = np.empty(shape, dtype=self.word_dtype)
+        engine.pack_tiles(self, codes.astype(np.int8, copy=False), stored)
+        return stored
+
+    def unpack(self, stored: Array, rows: slice = slice(None), cols: slice = slice(None), dtype: str = "i1") -> Array:
+        """A rectangle of whole tiles of the canonical matrix out of the whole ``stored`` array."""
+        shape = self.canonical_shape((stored.shape[0], stored.shape[1]))
+        cuts = []
+        for axis, cut, length, tile in (("out", rows, shape[0], self.tile[0]), ("in", cols, shape[1], self.tile[1])):
+            start, stop, step = cut.indices(length)
+            if step != 1 or start % tile or stop % tile:
+                raise WeighbridgeError(f"a cut at {start}:{stop}:{step} along {axis} splits a tile of {tile} codes")
+            cuts.append((start, max(stop, start)))
+        (row, end_row), (col, end_col) = cuts
+        begin, end = self.corner(row, col), self.corner(end_row, end_col)
+        part = stored[begin[0] : end[0], begin[1] : end[1]]
+        engine = self._engine()
+        if engine is None or not part.size:
+            return unpack_tiles_reference(self, part, dtype)
+        return np.asarray(engine.unpack_tiles(self, part)).astype(dtype, copy=False)
+
+    def _engine(self) -> ModuleType | None:
+        """The kernels, where a word holds whole lanes and a code fits their int8."""
+        word_bits = 8 * self.word_dtype.itemsize
+        fits = word_bits <= 32 and word_bits % self.bits == 0 and self.low >= -128 and self.low + (1 << self.bits) <= 128
+        return kernels() if fits else None
+
+
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A lazily readable canonical ``[out, x]`` integer matrix: a layout over the stored array (``LazyArray``)."""
+    """A lazily readable canonical ``[out, x]`` integer matrix: a layout over the stored array (``LazyArray``).
 
-    layout: PackLayout
+    width   columns that mean something, where the stored ones are padded; None: all
+    """
+
+    layout: Layout
     stored: Array
     dtype_name: str = "i1"
+    width: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.layout.canonical_shape((self.stored.shape[0], self.stored.shape[1]))
+        out, columns = self.layout.canonical_shape((self.stored.shape[0], self.stored.shape[1]))
+        return out, columns if self.width is None else self.width
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -159,6 +310,8 @@ class PackedMatrix:
 
     def read(self, rows: slice = slice(None), cols: slice = slice(None)) -> Array:
         """Codes ``[rows, cols]``; cuts along the packed axis at multiples of the layout's span."""
+        if self.width is not None:
+            return self.layout.unpack(self.stored, rows, dtype=self.dtype_name)[:, : self.width][:, cols]
         return self.layout.unpack(self.stored, rows, cols, self.dtype_name)
 
 
@@ -191,6 +344,33 @@ def unpack_reference(layout: PackLayout, stored: Array, dtype: str = "i1") -> Ar
         lanes = lanes.reshape(lanes.shape[0], -1, len(layout.order))[:, :, inverse].reshape(lanes.shape)
     codes = ((lanes - layout.offset - layout.low) & ((1 << layout.bits) - 1)) + layout.low
     return np.ascontiguousarray((codes if layout.axis == "in" else codes.T).astype(dtype))
+
+
+def pack_tiles_reference(layout: TileLayout, codes: Array) -> Array:
+    """Codes ``[out, in]`` -> stored words, tile by tile: its codes in the layout's order, written as a bit stream. The reference."""
+    (tile_out, tile_in), (out, in_) = layout.tile, codes.shape
+    tiles = codes.reshape(out // tile_out, tile_out, in_ // tile_in, tile_in).transpose(0, 2, 1, 3)
+    lanes = tiles.reshape(-1, len(layout.order))[:, list(layout.order)]
+    stored = pack_reference(PackLayout(layout.bits, layout.word, offset=layout.offset, low=layout.low), lanes)
+    stored = stored.reshape(out // tile_out, in_ // tile_in, layout.words)
+    if layout.transposed:
+        stored = stored.transpose(1, 0, 2)
+    return np.ascontiguousarray(stored).reshape(layout.stored_shape((out, in_)))
+
+
+def unpack_tiles_reference(layout: TileLayout, stored: Array, dtype: str = "i1") -> Array:
+    """The inverse of ``pack_tiles_reference``. The reference."""
+    shape, (tile_out, tile_in) = layout.canonical_shape((stored.shape[0], stored.shape[1])), layout.tile
+    words = np.ascontiguousarray(stored).reshape(stored.shape[0], -1, layout.words)
+    if layout.transposed:
+        words = words.transpose(1, 0, 2)
+    lanes = unpack_reference(
+        PackLayout(layout.bits, layout.word, offset=layout.offset, low=layout.low),
+        np.ascontiguousarray(words).reshape(-1, layout.words),
+        dtype,
+    )
+    tiles = lanes[:, np.argsort(layout.order)].reshape(shape[0] // tile_out, shape[1] // tile_in, tile_out, tile_in)
+    return np.ascontiguousarray(tiles.transpose(0, 2, 1, 3)).reshape(shape)
 
 
 _expected_codes = 0

@@ -20,10 +20,10 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -226,11 +226,42 @@ class SafetensorsFile:
         return (status.st_size, status.st_mtime_ns) == (self.identity.size, self.identity.mtime_ns)
 
 
+class StoredFile(Protocol):
+    """What a set of tensors asks of a file, whatever its container."""
+
+    path: Path
+    identity: SourceFile
+    metadata: dict[str, str]
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor by name, in the order of the data."""
+        ...
+
+    def array(self, name: str) -> Array:
+        """The tensor as a read-only view."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Give back the pages of a tensor that has been read."""
+        ...
+
+    def unchanged(self) -> bool:
+        """Whether the file on disk is still what was opened."""
+        ...
+
+
 class TensorSet(Mapping[str, TensorInfo]):
     """The tensors of one file, or of the shards that an index lists, under one mapping. Files open when first read."""
 
-    def __init__(self, files: Sequence[Path], weight_map: Mapping[str, str] | None = None, index: str = "") -> None:
-        self.files = [SafetensorsFile(path, number) for number, path in enumerate(files)]
+    def __init__(
+        self,
+        files: Sequence[Path],
+        weight_map: Mapping[str, str] | None = None,
+        index: str = "",
+        opener: Callable[[Path, int], StoredFile] = SafetensorsFile,
+    ) -> None:
+        self.files = [opener(path, number) for number, path in enumerate(files)]
         self._tensors: dict[str, TensorInfo] = {}
         for file in self.files:
             for name, info in file.tensors.items():
@@ -275,7 +306,7 @@ class TensorSet(Mapping[str, TensorInfo]):
         return sum(info.nbytes for info in self._tensors.values())
 
 
-def open_index(folder: Path, index: Path) -> TensorSet:
+def open_index(folder: Path, index: Path, opener: Callable[[Path, int], StoredFile] = SafetensorsFile) -> TensorSet:
     """The shards that ``index`` (``{"weight_map": {tensor: file}}``) lists, all inside ``folder``.
 
     raises HeaderError for an index of the wrong types, a name that leaves the folder, or one that disagrees with the shards
@@ -290,7 +321,7 @@ def open_index(folder: Path, index: Path) -> TensorSet:
             raise HeaderError(f"{index.name}: the shard name {shard!r} leaves the folder; only plain file names are followed")
         if len(os.fsencode(shard)) > 255 or not (folder / shard).is_file():
             raise HeaderError(f"{index.name}: lists {shard[:80]}, which is not in the folder: copy it there")
-    return TensorSet([folder / shard for shard in shards], weight_map, index.name)
+    return TensorSet([folder / shard for shard in shards], weight_map, index.name, opener)
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from .ir import ActOrder, Element, QuantScheme, Strategy
-from .layouts import PackLayout
+from .layouts import Layout
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, Location
 
-Part = Literal["codes", "scales", "zero_points", "g_idx", "bias", "weight"]
+Part = Literal["codes", "scales", "zero_points", "scaled_zeros", "g_idx", "bias", "weight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +25,20 @@ class TensorSpec:
     """One tensor that a format stores for a layer.
 
     part        what it holds of the law; layout: how codes or zero points sit in its words
+                ("scaled_zeros": minus the product of scale and unsigned zero point, in the scales' dtype)
     transposed  scales are stored [groups, out] instead of [out, groups]
+    columns     groups stored, where they are padded with zero bits; 0: the layer's own
+    order       of so many outputs place i holds the scale of output ``order[i]``; (): as they come
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     part: Part
-    layout: PackLayout | None = None
+    layout: Layout | None = None
     transposed: bool = False
+    columns: int = 0
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,7 @@ class Capabilities:
     elements, bits, strategies   of the weights
     group_sizes                  inputs per group that its readers take; the first is preferred for per-channel sources
     smallest_zero                smallest zero point, in steps above the smallest code (GPTQ v1 stores z - 1: 1)
+    zero_points                  says zero points; where not, it is the middle code (symmetric layers only)
     act_order                    kinds of irregular g_idx
     scale_dtypes                 safetensors names; the first is what its loaders want; "keep": as they are
     inputs                       holds activation quantization
@@ -95,6 +101,7 @@ class Capabilities:
     strategies: tuple[Strategy, ...] = ()
     group_sizes: tuple[int, ...] = ()
     smallest_zero: int = 0
+    zero_points: bool = True
     act_order: tuple[ActOrder, ...] = ()
     scale_dtypes: tuple[str, ...] = ()
     inputs: bool = False

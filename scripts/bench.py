@@ -1,6 +1,6 @@
 """Conversions against ``cp`` plus fsync: one table, every row from the same run, medians.
 
-    python scripts/bench.py [--layers 4] [--runs 5] [--folder DIR] [--plan]
+    python scripts/bench.py [--layers 4] [--runs 5] [--folder DIR] [--hub] [--plan]
 
 Each row is a whole process (interpreter, imports, kernels, fsync), run in turn with the others, so that a slow minute of the
 machine falls on all of them. The source is read once before, so it is in the page cache if it fits. Peak memory is anonymous
@@ -64,15 +64,39 @@ def copy(source: Path, target: Path) -> list[str]:
     return ["sh", "-c", f"mkdir '{target}' && cp '{source}'/* '{target}' && sync '{target}'/* '{target}'"]
 
 
+TOOL = [sys.executable, "-m", "convert"]
+
+
 def bench(folder: Path, layers: int, runs: int) -> list[list[str]]:
+    """msModelSlim to awq and gptq, against a copy of the source."""
     source = folder / "source"
-    size = synthetic.write(source, layers)
-    target = folder / "out"
-    tool = [sys.executable, "-m", "convert"]
+    synthetic.write(source, layers)
+    routes = [(source, to) for to in ("awq", "gptq")]
+    return against_copy(folder / "out", source, routes, runs)
+
+
+def bench_hub(folder: Path, layers: int, runs: int) -> list[list[str]]:
+    """awq and gptq to one another and back to msModelSlim, each against a copy of its own source."""
+    source = folder / "source"
+    if not source.exists():
+        synthetic.write(source, layers)
+    table = []
+    for origin, targets in (("awq", ("gptq", "msmodelslim:ascendv1")), ("gptq", ("awq", "msmodelslim:ascendv1"))):
+        place = folder / origin
+        subprocess.run([*TOOL, "convert", str(source), str(place), "--to", origin, "--no-proof"], check=True, stdout=subprocess.DEVNULL)
+        rows = against_copy(folder / "out", place, [(place, to) for to in targets], runs)
+        table += [[f"{origin}: {row[0]}", *row[1:]] for row in rows]
+        shutil.rmtree(place)
+    return table
+
+
+def against_copy(target: Path, source: Path, routes: list[tuple[Path, str]], runs: int) -> list[list[str]]:
+    """A row for the copy of ``source`` and two for every route, proved and not."""
+    size = sum(path.stat().st_size for path in source.iterdir())
     rows: dict[str, list[str]] = {"cp + fsync": copy(source, target)}
-    for to in ("awq", "gptq"):
-        rows[f"convert to {to}, proved"] = [*tool, "convert", str(source), str(target), "--to", to]
-        rows[f"convert to {to}, --no-proof"] = [*tool, "convert", str(source), str(target), "--to", to, "--no-proof"]
+    for origin, to in routes:
+        rows[f"convert to {to}, proved"] = [*TOOL, "convert", str(origin), str(target), "--to", to]
+        rows[f"convert to {to}, --no-proof"] = [*TOOL, "convert", str(origin), str(target), "--to", to, "--no-proof"]
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in rows}
     subprocess.run(["sh", "-c", f"cat '{source}'/* > /dev/null"], check=True)
     for number in range(runs + 1):
@@ -84,7 +108,6 @@ def bench(folder: Path, layers: int, runs: int) -> list[list[str]]:
                 found[name].append(figures)
     shutil.rmtree(target, ignore_errors=True)
     bare = statistics.median(run([sys.executable, "-c", "import numpy"])[2] for _ in range(3))
-    base = statistics.median(wall for wall, *_ in found["cp + fsync"])
     table = []
     for name, figures in found.items():
         walls = [wall for wall, *_ in figures]
@@ -100,7 +123,6 @@ def bench(folder: Path, layers: int, runs: int) -> list[list[str]]:
                 "" if name.startswith("cp") else f"{memory:.0f} ({memory - bare:.0f} over)",
             ]
         )
-    assert base > 0
     return table
 
 
@@ -193,6 +215,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="decoder layers of Qwen2-7B's shapes (0.25 GB each)")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where to write; default: a folder beside the current one")
+    parser.add_argument("--hub", action="store_true", help="also convert between awq, gptq and back to msModelSlim")
     parser.add_argument("--plan", action="store_true", help="also plan 190,000 tensors")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder or Path.cwd()) as name:
@@ -201,6 +224,8 @@ def main() -> None:
         size = f"{options.layers} layers of Qwen2-7B's shapes, msModelSlim W4A16 group 128 (a byte a code, float32 scales)"
         columns = ["", "seconds, median (min to max)", "x cp + fsync", "CPU seconds", "GB/s of source", "peak anonymous MiB"]
         show(f"{size}; {options.runs} runs", columns, bench(folder, options.layers, options.runs))
+        if options.hub:
+            show(f"The same weights from awq and gptq; {options.runs} runs", columns, bench_hub(folder, options.layers, options.runs))
         small = ["", "seconds", "CPU seconds", "peak anonymous MiB"]
         show("Start-up", small, tiny(folder, options.runs))
         if options.plan:

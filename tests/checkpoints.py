@@ -28,6 +28,7 @@ DTYPES = {
     "BF16": BFLOAT16,
     "F32": np.dtype("<f4"),
     "I8": np.dtype("i1"),
+    "I16": np.dtype("<i2"),
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
     "U8": np.dtype("u1"),

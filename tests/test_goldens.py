@@ -44,7 +44,8 @@ TWINS = {
     "w4a16_ascendv1_g128_sym_bf16": "w4a16_g128_sym_bf16",
     "w4a16_ascendv1_pc_sym_bf16": "w4a16_pc_sym_bf16",
 }
-AWQ_GPTQ = sorted(path.parent.name for path in (FIXTURES / "awq_gptq").glob("*/dequant_sha256.json"))
+AWQ_GPTQ = sorted({path.parent.name for path in (FIXTURES / "awq_gptq").glob("*/dequant_sha256.json")} - {"awq_marlin_g128_nozp"})
+"""Marlin's record has zeros with a sign, which its file has not: ``test_awq_variants`` compares it."""
 
 
 def expected_weights(layer: Layer) -> Array:
@@ -195,4 +196,4 @@ def test_awq_and_gptq_goldens_read_to_what_their_tool_computes(case: str) -> Non
 
 
 def test_every_awq_and_gptq_golden_is_listed() -> None:
-    assert len(AWQ_GPTQ) == 6
+    assert len(AWQ_GPTQ) == 10

@@ -1,0 +1,47 @@
+"""Every edge between formats, run: the table in docs/edges.md is what happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import edge_table
+import pytest
+
+from convert import convert, verify
+from formats.errors import RefusedError
+
+ROOT = Path(__file__).parent.parent
+TABLE = edge_table.parse((ROOT / "docs" / "edges.md").read_text("utf-8"))
+
+
+def test_the_table_is_read_as_it_is_written() -> None:
+    assert edge_table.render(TABLE) == (ROOT / "docs" / "edges.md").read_text("utf-8")
+    assert edge_table.summary(TABLE) in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_table_has_every_scheme() -> None:
+    assert list(TABLE) == [scheme.name for scheme in edge_table.ZOO]
+
+
+@pytest.mark.parametrize("scheme", edge_table.ZOO, ids=lambda scheme: scheme.name)
+def test_every_edge_does_what_the_table_says(scheme: edge_table.Scheme, tmp_path: Path) -> None:
+    """Exact edges keep the fingerprint, rounded ones verify as rounded, refused ones refuse with the code."""
+    found = edge_table.sources(tmp_path / "sources", scheme)
+    assert list(found) == list(TABLE[scheme.name])
+    for source, place in found.items():
+        for target, cell in TABLE[scheme.name][source].items():
+            edge = f"{source} to {target}"
+            out = tmp_path / f"{source} {target}".replace(":", ".")
+            if cell.startswith("refused"):
+                with pytest.raises(RefusedError) as caught:
+                    convert(place, out, target)
+                codes = ", ".join(sorted({refusal.code for refusal in caught.value.refusals}))  # type: ignore[attr-defined]
+                assert f"refused: {codes}" == cell, edge
+                assert not out.exists()
+                continue
+            result = convert(place, out, target)
+            assert edge_table.outcome(result.plan) == cell, edge
+            verdict = verify(place, out)
+            assert verdict.same, edge
+            assert (verdict.left.digest == verdict.right.digest) == cell.startswith("exact"), edge
+            assert bool(verdict.rounded) == cell.startswith("rounded"), edge
