@@ -31,9 +31,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The real AutoAWQ and AutoGPTQ, each in its own environment outside this folder, judge what Weighbridge writes.
+# The real tools, each in its own environment outside this folder, judge what Weighbridge writes.
 oracles: $(VENV)/.test
-	$(BIN)/nox --sessions autoawq autogptq
+	$(BIN)/nox --sessions autoawq autogptq gptqmodel msmodelslim torch
 
 bench: $(VENV)/.core
 	cd scripts && ../$(BIN)/python bench.py --hub --plan

@@ -1,6 +1,6 @@
 """The real tools that check what Weighbridge writes, each in an environment of its own.
 
-    nox -s autoawq autogptq
+    nox -s autoawq autogptq gptqmodel msmodelslim
 
 A session builds the tool's environment, then runs the project's own tests with the interpreter
 that runs nox, and tells them where the tool's interpreter is; the tests call it as a subprocess.
@@ -50,8 +50,8 @@ def install(session: nox.Session, requirements: Path) -> None:
     stamp.write_text(digest, "ascii")
 
 
-def run_oracle(session: nox.Session, tool: str) -> None:
-    """Build the environment of ``tool`` and run ``tests/oracles/test_<tool>.py`` against it."""
+def run_oracle(session: nox.Session, tool: str, **variables: str) -> None:
+    """Build the environment of ``tool`` and run ``tests/oracles/test_<tool>.py`` against it, under ``variables``."""
     install(session, ORACLES / f"requirements-{tool}.txt")
     session.run(
         sys.executable,
@@ -61,7 +61,7 @@ def run_oracle(session: nox.Session, tool: str) -> None:
         "oracle",  # pyproject.toml leaves them out of an ordinary run
         str(ORACLES / f"test_{tool}.py"),
         *session.posargs,
-        env={f"WEIGHBRIDGE_ORACLE_{tool.upper()}": str(Path(session.bin) / "python")},
+        env={f"WEIGHBRIDGE_ORACLE_{tool.upper()}": str(Path(session.bin) / "python"), **variables},
         external=True,
     )
 
@@ -78,3 +78,34 @@ def autogptq(session: nox.Session) -> None:
     if sys.version_info >= (3, 12):
         session.error("AutoGPTQ 0.7.1 has no wheels for Python 3.12 and later: use 3.11")
     run_oracle(session, "autogptq")
+
+
+@nox.session(venv_backend="venv")
+def gptqmodel(session: nox.Session) -> None:
+    """GPTQModel 7.6.0 and transformers 5.23.0 load every AWQ, GPTQ and dense folder that Weighbridge writes."""
+    run_oracle(
+        session,
+        "gptqmodel",
+        TORCHDYNAMO_DISABLE="1",  # its layers ask torch.compile for kernels, which takes longer than the tests
+        GPTQMODEL_CPU_WORKERS="2",  # the default fails on two cores
+        GPTQMODEL_TORCH_EXTENSIONS_DIR=str(Path(session.virtualenv.location) / "extensions"),  # of the packer that it compiles
+    )
+
+
+@nox.session(venv_backend="venv")
+def msmodelslim(session: nox.Session) -> None:
+    """msModelSlim 26.1.0 validates and reads every folder that Weighbridge writes in its format."""
+    run_oracle(session, "msmodelslim")
+
+
+@nox.session(venv_backend="venv")
+def torch(session: nox.Session) -> None:
+    """The real torch writes .bin folders; Weighbridge, beside it in one interpreter, reads them."""
+    stamp = Path(session.virtualenv.location) / "weighbridge-requirements.sha256"
+    project = Path(__file__).parent / "pyproject.toml"
+    digest = hashlib.sha256(TORCH.encode() + project.read_bytes() + str(project).encode()).hexdigest()
+    if not (stamp.exists() and stamp.read_text("ascii") == digest):
+        session.install(TORCH)
+        session.install("--editable", ".[test]")
+        stamp.write_text(digest, "ascii")
+    session.run("python", "-m", "pytest", "-m", "oracle", str(ORACLES / "test_torch_bin.py"), *session.posargs)

@@ -6,19 +6,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checking import CheckReport, check
     from .engine import Result, convert, run
     from .inspection import Report, inspect
+    from .mending import Diagnosis, doctor
     from .planning import plan
     from .proof import Fingerprint
     from .records import Plan
     from .verification import Verdict, fingerprint, verify
 
-__all__ = ["Fingerprint", "Plan", "Report", "Result", "Verdict", "convert", "fingerprint", "inspect", "plan", "run", "verify"]
+__all__ = [
+    "CheckReport", "Diagnosis", "Fingerprint", "Plan", "Report", "Result", "Verdict",
+    "check", "convert", "doctor", "fingerprint", "inspect", "plan", "run", "verify",
+]  # fmt: skip
 
 _HOMES = {
     "plan": "planning", "Plan": "records", "convert": "engine", "run": "engine", "Result": "engine",
     "verify": "verification", "Verdict": "verification", "fingerprint": "verification", "Fingerprint": "proof",
-    "inspect": "inspection", "Report": "inspection",
+    "inspect": "inspection", "Report": "inspection", "check": "checking", "CheckReport": "checking",
+    "doctor": "mending", "Diagnosis": "mending",
 }  # fmt: skip
 
 

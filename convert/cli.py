@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json as json_module
-import re
-import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
 
 from formats import FORMATS
-from formats.errors import NotSameError, RefusedError, UsageError, WeighbridgeError
+from formats.errors import NotSameError, RefusedError
+
+from .terminal import Failing, gigabytes, parse_size, print_json, print_table, progress_bar
 
 app = typer.Typer(
     name="weighbridge",
@@ -24,67 +20,6 @@ app = typer.Typer(
     "Exit codes: 0 done; 1 failed; 2 usage; 3 refused (the target cannot hold it, or a loss was not allowed); "
     "4 not the same; 5 unreadable or unsafe input.",
 )
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
-
-
-class Failing(TyperCommand):
-    """A command whose Weighbridge errors become one sentence on stderr (or a JSON object) and the class's exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except WeighbridgeError as error:
-            if ctx.params.get("json") is True:
-                _print_json({"error": str(error), "exit_code": error.exit_code})
-            else:
-                typer.echo(f"{ctx.command_path}: {error}", err=True)
-            raise SystemExit(error.exit_code) from None
-
-
-def _print_json(content: Any) -> None:
-    typer.echo(json_module.dumps(content, indent=2, ensure_ascii=False, default=str))
-
-
-@contextlib.contextmanager
-def progress_bar(what: str, total: int | None, quiet: bool = False) -> Iterator[Callable[[int], None] | None]:
-    """A rich progress bar on stderr with bytes, rate and time left; None where stderr is no terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", text.strip().upper())
-    if not match:
-        raise UsageError(f"{text!r} is no size; wanted for example 5GB or 512MiB")
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
 
 
 @app.command(cls=Failing)
@@ -112,14 +47,14 @@ def formats(json: bool = typer.Option(False, "--json", help="Print JSON.")) -> N
                 }
             rows.append({**row, "readers": variant.readers, "tool": spec.tool})
     if json:
-        _print_json(rows)
+        print_json(rows)
         return
     table = []
     for row in rows:
         held = row.get("holds")
         holds_text = "read only for now" if not isinstance(held, dict) else _holds_text(held)
         table.append([str(row["format"]), holds_text, str(row["about"]), str(row["readers"] or row["tool"])])
-    _table("Formats", ["format", "holds", "about", "read by / written by"], table)
+    print_table("Formats", ["format", "holds", "about", "read by / written by"], table)
 
 
 def _holds_text(held: dict[str, Any]) -> str:
@@ -155,15 +90,15 @@ def inspect(
 
     report = function(path, gptq_zeros=gptq_zeros)
     if json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
         return
-    typer.echo(f"{report.format}, {_gb(report.bytes)} in {len(report.files)} file(s)")
+    typer.echo(f"{report.format}, {gigabytes(report.bytes)} in {len(report.files)} file(s)")
     rows = [
-        [row.scheme, str(row.layers), f"{row.weights / 1e6:.2f} M", _gb(row.bytes), f"{row.bits_per_weight:.3f}", row.example]
+        [row.scheme, str(row.layers), f"{row.weights / 1e6:.2f} M", gigabytes(row.bytes), f"{row.bits_per_weight:.3f}", row.example]
         for row in report.schemes
     ]
-    rows.append(["not quantized", str(report.plain_tensors), "", _gb(report.plain_bytes), "", ""])
-    _table("Schemes", ["scheme", "layers", "weights", "bytes", "bits per weight", "for example"], rows, right=(1, 2, 3, 4))
+    rows.append(["not quantized", str(report.plain_tensors), "", gigabytes(report.plain_bytes), "", ""])
+    print_table("Schemes", ["scheme", "layers", "weights", "bytes", "bits per weight", "for example"], rows, right=(1, 2, 3, 4))
     if layers:
         for name, scheme in report.layers.items():
             typer.echo(f"{name}  {scheme}")
@@ -213,13 +148,13 @@ def plan(
         allow=allow,
         strict=strict,
         scale_dtype=scale_dtype,
-        max_shard_size=_size(max_shard_size),
+        max_shard_size=parse_size(max_shard_size),
         serve_dtype=serve_dtype,
         gptq_zeros=gptq_zeros,
         jobs=jobs,
     )
     if json:
-        _print_json(decided.to_json())
+        print_json(decided.to_json())
     else:
         _print_plan(decided)
     if decided.refusals:
@@ -231,17 +166,17 @@ def _print_plan(decided: Any) -> None:
     from .records import LOSSES
 
     typer.echo(f"{decided.source_name} -> {decided.target_name}: {len(decided.layers)} layers, {len(decided.plain)} other tensors")
-    typer.echo(f"reads {_gb(decided.source_bytes)}, peak memory about {decided.peak_memory / 2**20:.0f} MiB over the interpreter")
+    typer.echo(f"reads {gigabytes(decided.source_bytes)}, peak memory about {decided.peak_memory / 2**20:.0f} MiB over the interpreter")
     rows = [["exact", move, str(count), MOVES[move]] for move, count in decided.move_counts().items()]
     rows += [["loss", loss.code, str(loss.layers), f"{LOSSES[loss.code][1]}; error at most {loss.bound:.3g}"] for loss in decided.losses]
-    _table("Steps", ["kind", "step", "layers", "what it does"], rows, right=(2,))
+    print_table("Steps", ["kind", "step", "layers", "what it does"], rows, right=(2,))
     for refusal in decided.refusals[:20]:
         typer.echo(f"refused: {refusal}", err=True)
     if len(decided.refusals) > 20:
         typer.echo(f"refused: ... and {len(decided.refusals) - 20} more (--json lists them)", err=True)
     if decided.files:
-        files = [[file.name, _gb(file.size), str(len(file.tensors))] for file in decided.files]
-        _table("Output files", ["file", "bytes", "tensors"], files, right=(1, 2))
+        files = [[file.name, gigabytes(file.size), str(len(file.tensors))] for file in decided.files]
+        print_table("Output files", ["file", "bytes", "tensors"], files, right=(1, 2))
     for note in decided.notes:
         typer.echo(f"note: {note}")
 
@@ -274,7 +209,7 @@ def convert(
         allow=allow,
         strict=strict,
         scale_dtype=scale_dtype,
-        max_shard_size=_size(max_shard_size),
+        max_shard_size=parse_size(max_shard_size),
         serve_dtype=serve_dtype,
         gptq_zeros=gptq_zeros,
         jobs=jobs,
@@ -283,7 +218,7 @@ def convert(
     with progress_bar("converting", decided.source_bytes, quiet=json) as progress:
         result = run(decided, dst, overwrite=overwrite, proof=proof, progress=progress)
     if json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         echo_result(result)
 
@@ -291,7 +226,7 @@ def convert(
 def echo_result(result: Any) -> None:
     """What a conversion did, in a few lines."""
     decided = result.plan
-    typer.echo(f"{result.destination}: {decided.target_name}, {len(decided.layers)} quantized layers, {_gb(decided.target_bytes)}")
+    typer.echo(f"{result.destination}: {decided.target_name}, {len(decided.layers)} quantized layers, {gigabytes(decided.target_bytes)}")
     for loss in result.losses:
         typer.echo(f"  {loss.code}: {loss.layers} layers, relative error at most {loss.bound:.3g} ({loss.worst})")
     for note in (*decided.notes, *(f"missing: {item}" for item in result.missing)):
@@ -325,7 +260,7 @@ def verify(
     with progress_bar("verifying", total, quiet=json) as progress:
         verdict = function(left, right, jobs=jobs, progress=progress)
     if json:
-        _print_json(verdict.to_json())
+        print_json(verdict.to_json())
     else:
         _print_verdict(verdict, a, b)
     if not verdict.same:
@@ -367,12 +302,70 @@ def fingerprint(
     found = function(path, jobs=jobs, gptq_zeros=gptq_zeros)
     if json:
         content: dict[str, Any] = {"fingerprint": found.digest, "weights": found.weights, "rest": found.rest}
-        _print_json({**content, "tensors": {name: digest for name, (_, digest) in sorted(found.tensors.items())}})
+        print_json({**content, "tensors": {name: digest for name, (_, digest) in sorted(found.tensors.items())}})
         return
     typer.echo(f"{found.digest}  {path}")
     if tensors:
         for name, (shape, digest) in sorted(found.tensors.items()):
             typer.echo(f"{digest}  {name} {list(shape)}")
+
+
+@app.command(cls=Failing)
+def check(
+    path: str = typer.Argument(..., help="A checkpoint's folder."),
+    consumer: str = typer.Option(
+        ..., "--for", metavar="CONSUMER", help="transformers, autoawq, autogptq, gptqmodel, vllm, sglang, lmdeploy, vllm-ascend, mindie."
+    ),
+    tp: int = typer.Option(1, "--tp", min=1, help="Ranks of tensor parallelism."),
+    json: bool = JSON,
+) -> None:
+    """Will this consumer load it? What is unmet, and what mends it; exit code 3 if anything is."""
+    from .checking import check as function
+
+    report = function(path, consumer, tp=tp)
+    if json:
+        print_json(report.to_json())
+    else:
+        ranks = f" on {tp} ranks" if tp > 1 else ""
+        verdict = f"meets all {report.checked} requirements" if report.ok else f"{len(report.unmet)} requirements are not met"
+        typer.echo(f"{report.format} for {report.consumer} {report.version}{ranks}: {verdict}")
+        rows = []
+        for one in report.unmet:
+            more = f" and {one.count - 1} more" if one.count > 1 else ""
+            rows.append([one.code, f"{one.first}{more}: {one.found}", one.wanted, one.mend, one.source])
+        if rows:
+            print_table("Not met", ["code", "found", "wanted", "what to do", "source"], rows)
+    if not report.ok:
+        raise SystemExit(RefusedError.exit_code)
+
+
+@app.command(cls=Failing)
+def doctor(
+    path: str = typer.Argument(..., help="A checkpoint's folder, ill or not."),
+    fix: str | None = typer.Option(None, "--fix", metavar="OUT", help="Write a folder with what can be mended without loss."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder once the new one is whole."),
+    json: bool = JSON,
+) -> None:
+    """What is wrong with an AWQ or GPTQ folder, and a mended copy; exit code 1 if anything is (still) wrong."""
+    from .mending import doctor as function
+
+    found = function(path, fix, overwrite=overwrite)
+    if json:
+        print_json(found.to_json())
+    else:
+        for ailment in found.ailments:
+            mark = "mended" if ailment in found.mended else "can be mended" if ailment.mendable else "not mended"
+            typer.echo(f"{mark}: {ailment}")
+        where = found.destination or path
+        if found.healthy:
+            typer.echo(f"{where} is healthy: {found.examined} layers, their configs, headers and index were examined")
+        else:
+            certain = sum(ailment.certainty == "certain" for ailment in found.remaining)
+            typer.echo(f"{where} has {certain} ailments for certain and {len(found.remaining) - certain} likely ones")
+        if not found.examined:
+            typer.echo("note: no layers in GPTQ's or AWQ GEMM's layout were found, so only headers and the index were examined")
+    if not found.healthy:
+        raise SystemExit(1)
 
 
 def main() -> None:

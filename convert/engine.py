@@ -166,6 +166,9 @@ def run(
         left, right = (engine.left, engine.right) if proof else (None, None)
         result = Result(plan, Path(dst), left, right, engine.rounded, missing)
         write_certificate(result, folder)
+        if plan.spec.owner_writes_only:
+            for path in folder.iterdir():
+                path.chmod(path.stat().st_mode & ~0o022)
     return result
 
 

@@ -18,10 +18,11 @@ import typer
 from formats import find_format, open_checkpoint
 from formats.errors import DestinationError, RefusedError, UsageError
 
-from .cli import Failing, echo_result, progress_bar
+from .cli import echo_result
 from .engine import Progress, Result, convert, run
 from .planning import Planner, available_cpus
 from .records import Plan
+from .terminal import Failing, progress_bar
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 

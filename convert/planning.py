@@ -469,6 +469,7 @@ class Planner:
             readers = "AutoGPTQ does not" if alike else "transformers and AutoGPTQ do not, since blocks differ"
             self.notes.append(f"{len(model.float_linears)} linears stay in float: GPTQModel and vLLM read this; {readers}")
         if self.spec.name == "gptq" and layers and not all(layer.target.scheme.weights.symmetric for layer in layers) and not self.refusals:
-            self.notes.append(
-                "some layers have zero points: vLLM and SGLang read only symmetric GPTQ; AutoGPTQ, GPTQModel and transformers read this"
+            readers = (
+                "GPTQModel and transformers" if self.variant.name == "v2" else "AutoGPTQ and transformers (GPTQModel: with --to gptq:v2)"
             )
+            self.notes.append(f"some layers have zero points: vLLM and SGLang read only symmetric GPTQ; {readers} read this")

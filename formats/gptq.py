@@ -348,7 +348,12 @@ SPEC = FormatSpec(
     tool="AutoGPTQ 0.7.1, GPTQModel 7.6",
     about="2 to 8-bit weights for GPUs; read by AutoGPTQ, GPTQModel, transformers, vLLM, SGLang",
     variants=(
-        Variant("v1", "zero points stored minus one: 0 cannot be said", Capabilities(**_HOLDS, smallest_zero=1), readers="all"),  # type: ignore[arg-type]
+        Variant(
+            "v1",
+            "zero points stored minus one: 0 cannot be said",
+            Capabilities(**_HOLDS, smallest_zero=1),  # type: ignore[arg-type]
+            readers="all (GPTQModel: symmetric layers only)",
+        ),
         Variant("v2", "zero points stored as they are", Capabilities(**_HOLDS), readers="GPTQModel, transformers"),  # type: ignore[arg-type]
         Variant("marlin", "4-bit tiles of 64 outputs by 16 inputs, symmetric", None, readers="AutoGPTQ 0.7.1, on GPUs"),
     ),

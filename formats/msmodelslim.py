@@ -343,5 +343,6 @@ SPEC = FormatSpec(
     outputs=outputs,
     quantization_config=quantization_config,
     stem=stem,
+    owner_writes_only=True,
     default_variant="safe_tensor",
 )

@@ -131,6 +131,7 @@ class FormatSpec:
     outputs              the tensors that spell one layer in a variant, or None if the format cannot be written yet
     quantization_config  ({file name: JSON object}, quantization_config for config.json) of a folder
     stem                 name of the weight files without shard number and suffix
+    owner_writes_only    its tool refuses files that others may write
     """
 
     name: str
@@ -142,6 +143,7 @@ class FormatSpec:
     outputs: Callable[[LayerTarget, str], tuple[TensorSpec, ...]] | None = None
     quantization_config: Callable[[ModelFacts, str], tuple[Mapping[str, Any], dict[str, Any] | None]] | None = None
     stem: Callable[[ModelFacts, str], str] = lambda model, variant: "model"
+    owner_writes_only: bool = False
     default_variant: str = field(default="")
 
     def variant(self, name: str) -> Variant | None:

@@ -196,4 +196,4 @@ def test_awq_and_gptq_goldens_read_to_what_their_tool_computes(case: str) -> Non
 
 
 def test_every_awq_and_gptq_golden_is_listed() -> None:
-    assert len(AWQ_GPTQ) == 10
+    assert len(AWQ_GPTQ) == 12

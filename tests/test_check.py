@@ -1,0 +1,435 @@
+"""``check``: every row of the table of consumers with facts that meet it and facts that do not, and real folders of the real tools.
+
+The table's sentences are the tools' own; that a row says what its source says is for a reader to judge. Here each row is shown to
+pass on the safest export and to fail on the one change that it is about.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import FIXTURES, change_tensors, model, roll_back, weight_file, write_msmodelslim
+
+from convert.checking import check
+from convert.consumers import CONSUMERS
+from convert.engine import convert
+from convert.requirements import FolderFacts, LayerFacts
+from formats import FORMATS
+from formats.errors import RefusedError, UsageError
+
+GOLDENS = FIXTURES / "awq_gptq"
+ALL = tuple(CONSUMERS)
+
+# --- the safest export, as facts ----------------------------------------------------------------------------------------
+
+LINEARS = {
+    "self_attn.q_proj": (512, 512),
+    "self_attn.k_proj": (256, 512),
+    "self_attn.v_proj": (256, 512),
+    "self_attn.o_proj": (512, 512),
+    "mlp.gate_proj": (1024, 512),
+    "mlp.up_proj": (1024, 512),
+    "mlp.down_proj": (512, 1024),
+}
+PARTS = {
+    "awq": frozenset({"qweight", "qzeros", "scales"}),
+    "gptq": frozenset({"qweight", "qzeros", "scales", "g_idx"}),
+    "msmodelslim": frozenset({"weight", "weight_scale", "weight_offset"}),
+}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True, "modules_to_not_convert": None}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "checkpoint_format": "gptq"}
+MODEL = {"num_key_value_heads": 4, "torch_dtype": "float16"}
+
+
+def layers(format: str) -> tuple[LayerFacts, ...]:
+    """Two blocks of a Llama; msModelSlim's have 8 bits per channel."""
+    scheme = ("F16", PARTS[format])
+    if format == "msmodelslim":
+        return tuple(
+            LayerFacts(f"model.layers.{b}.{n}", *s, 8, -1, True, False, *scheme, "W8A16") for b in range(2) for n, s in LINEARS.items()
+        )
+    return tuple(LayerFacts(f"model.layers.{b}.{n}", *s, 4, 128, True, False, *scheme) for b in range(2) for n, s in LINEARS.items())
+
+
+SAFE = {
+    "awq": FolderFacts(
+        "awq", "gemm", {"config.json": MODEL, "quantization_config": AWQ, "quant_config.json": {"version": "GEMM"}},
+        ("model.safetensors",), ("config.json", "model.safetensors"), layers("awq"),
+    ),
+    "gptq": FolderFacts(
+        "gptq", "v1", {"config.json": MODEL, "quantization_config": GPTQ, "quantize_config.json": GPTQ},
+        ("model.safetensors",), ("config.json", "model.safetensors", "quantize_config.json"), layers("gptq"),
+    ),
+    "msmodelslim": FolderFacts(
+        "msmodelslim", "v1", {"config.json": {**MODEL, "quantize": "w8a16"}},
+        ("quant_model_weights.safetensors",), ("config.json", "quant_model_description.json"), layers("msmodelslim"),
+    ),
+    "dense": FolderFacts("dense", "hf", {"config.json": MODEL}, ("model.safetensors",), ("config.json", "model.safetensors")),
+}  # fmt: skip
+MINDIE = {"config.json": {**MODEL, "quantize": "w8a16"}, "quantization_config": {"group_size": 0}}
+
+
+def safe(consumer: str, format: str) -> FolderFacts:
+    """MindIE wants a quantization_config that vllm-ascend must not find."""
+    return replace(SAFE[format], configs=MINDIE) if consumer == "mindie" and format == "msmodelslim" else SAFE[format]
+
+
+Change = Callable[[FolderFacts], FolderFacts]
+
+
+def layer(number: int = 2, **parts: Any) -> Change:
+    """One layer changed (2: a v_proj)."""
+    return lambda facts: replace(
+        facts, layers=(*facts.layers[:number], replace(facts.layers[number], **parts), *facts.layers[number + 1 :])
+    )
+
+
+def every(**parts: Any) -> Change:
+    return lambda facts: replace(facts, layers=tuple(replace(one, **parts) for one in facts.layers))
+
+
+def config(where: str, **entries: Any) -> Change:
+    """Entries changed in a config; None: taken out."""
+
+    def change(facts: FolderFacts) -> FolderFacts:
+        new = {**facts.configs.get(where, {}), **entries}
+        return replace(facts, configs={**facts.configs, where: {key: value for key, value in new.items() if value is not None}})
+
+    return change
+
+
+def folder(**parts: Any) -> Change:
+    return lambda facts: replace(facts, **parts)
+
+
+def head(facts: FolderFacts) -> FolderFacts:
+    return replace(facts, layers=(*facts.layers, replace(facts.layers[0], name="lm_head")))
+
+
+INSIDE = "quantization_config"
+NAMES = folder(files=("gptq_model-4bit-128g.safetensors",), names=("config.json",))
+NO_QZEROS, NO_G_IDX = layer(parts=frozenset({"qweight", "scales", "g_idx"})), layer(parts=frozenset({"qweight", "scales", "qzeros"}))
+EIGHT, ODD_GROUPS, ASYM = every(bits=8), every(group_size=48), layer(symmetric=False)
+ODD_SHAPE, ODD_FUSED = layer(out=264), layer(group_size=64)
+FLOAT_DOWN = folder(floats=("model.layers.9.mlp.down_proj",))
+
+FAILS: list[tuple[str, str, str, Change]] = [
+    ("transformers", "awq", "config-keys", config(INSIDE, quant_method=None)),
+    ("transformers", "awq", "version", config(INSIDE, version="marlin")),
+    ("transformers", "awq", "bits", EIGHT),
+    ("transformers", "awq", "no-qzeros", NO_QZEROS),
+    ("transformers", "awq", "lm-head", head),
+    ("transformers", "awq", "modules-to-not-convert", FLOAT_DOWN),
+    ("transformers", "awq", "file-names", NAMES),
+    ("transformers", "gptq", "config-keys", config(INSIDE, bits=None)),
+    ("transformers", "gptq", "bits", every(bits=5)),
+    ("transformers", "gptq", "zero-point-version", every(wrong_version=True)),
+    ("transformers", "gptq", "no-g_idx", NO_G_IDX),
+    ("transformers", "gptq", "no-qzeros", NO_QZEROS),
+    ("transformers", "gptq", "dynamic", config(INSIDE, dynamic={"-:o_proj": {}})),
+    ("transformers", "gptq", "file-names", NAMES),
+    ("transformers", "dense", "file-names", NAMES),
+    ("autoawq", "awq", "config-keys", config(INSIDE, group_size=None)),
+    ("autoawq", "awq", "version", config(INSIDE, version="llm-awq")),
+    ("autoawq", "awq", "zero-point", config(INSIDE, zero_point=False)),
+    ("autoawq", "awq", "bits", EIGHT),
+    ("autoawq", "awq", "shape-multiple", layer(out=260)),
+    ("autoawq", "awq", "no-qzeros", NO_QZEROS),
+    ("autoawq", "awq", "modules-to-not-convert", FLOAT_DOWN),
+    ("autoawq", "awq", "file-names", NAMES),
+    ("autogptq", "gptq", "config-keys", config("quantize_config.json", desc_act=None)),
+    ("autogptq", "gptq", "variant", folder(variant="v2")),
+    ("autogptq", "gptq", "bits", every(bits=5)),
+    ("autogptq", "gptq", "shape-multiple", layer(out=264)),
+    ("autogptq", "gptq", "zero-point-version", every(wrong_version=True)),
+    ("autogptq", "gptq", "no-g_idx", NO_G_IDX),
+    ("autogptq", "gptq", "no-qzeros", NO_QZEROS),
+    ("autogptq", "gptq", "dynamic", config(INSIDE, dynamic={"-:o_proj": {}})),
+    ("autogptq", "awq", "version", config("quant_config.json", version="gemm")),
+    ("autogptq", "awq", "bits", EIGHT),
+    ("autogptq", "awq", "one-file", folder(files=("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"))),
+    ("gptqmodel", "gptq", "config-keys", config(INSIDE, bits=None)),
+    ("gptqmodel", "gptq", "bits", every(bits=9)),
+    ("gptqmodel", "gptq", "zero-point-version", every(wrong_version=True)),
+    ("gptqmodel", "gptq", "group-size", ODD_GROUPS),
+    ("gptqmodel", "gptq", "lm-head", head),
+    ("gptqmodel", "gptq", "asymmetric-v1", ASYM),
+    ("gptqmodel", "gptq", "is-marlin-format", config("quantize_config.json", is_marlin_format=False)),
+    ("gptqmodel", "awq", "version", config(INSIDE, version="gemv")),
+    ("gptqmodel", "awq", "bits", EIGHT),
+    ("vllm", "awq", "config-keys", config(INSIDE, zero_point=None)),
+    ("vllm", "awq", "version", config(INSIDE, version="gemv")),
+    ("vllm", "awq", "bits", EIGHT),
+    ("vllm", "awq", "scale-dtype", layer(scale_dtype="F32")),
+    ("vllm", "awq", "shape-multiple", ODD_SHAPE),
+    ("vllm", "awq", "tensor-parallel", folder(tp=16)),
+    ("vllm", "awq", "fused", ODD_FUSED),
+    ("vllm", "awq", "no-qzeros", NO_QZEROS),
+    ("vllm", "awq", "modules-to-not-convert", FLOAT_DOWN),
+    ("vllm", "awq", "model-dtype", config("config.json", torch_dtype="float32")),
+    ("vllm", "awq", "file-names", NAMES),
+    ("vllm", "gptq", "config-keys", config(INSIDE, sym=None)),
+    ("vllm", "gptq", "bits", every(bits=3)),
+    ("vllm", "gptq", "symmetric", ASYM),
+    ("vllm", "gptq", "sym", config(INSIDE, sym=False)),
+    ("vllm", "gptq", "group-size", ODD_GROUPS),
+    ("vllm", "gptq", "act-order", config(INSIDE, desc_act=True)),
+    ("vllm", "gptq", "shape-multiple", ODD_SHAPE),
+    ("vllm", "gptq", "tensor-parallel", folder(tp=3)),
+    ("vllm", "gptq", "fused", layer(bits=8)),
+    ("vllm", "gptq", "lm-head", head),
+    ("vllm", "gptq", "file-names", NAMES),
+    ("vllm", "dense", "file-names", NAMES),
+    ("sglang", "awq", "config-keys", config(INSIDE, bits=None)),
+    ("sglang", "awq", "version", config(INSIDE, version="gemv")),
+    ("sglang", "awq", "bits", EIGHT),
+    ("sglang", "awq", "scale-dtype", layer(scale_dtype="F32")),
+    ("sglang", "awq", "fused", folder(floats=("model.layers.0.mlp.up_proj",), layers=layers("awq")[:5])),
+    ("sglang", "awq", "no-qzeros", NO_QZEROS),
+    ("sglang", "gptq", "config-keys", config(INSIDE, desc_act=None)),
+    ("sglang", "gptq", "bits", every(bits=3)),
+    ("sglang", "gptq", "symmetric", ASYM),
+    ("sglang", "gptq", "group-size", ODD_GROUPS),
+    ("sglang", "gptq", "fused", ODD_FUSED),
+    ("sglang", "msmodelslim", "file-names", folder(names=("quant_model_description_w8a16.json",))),
+    ("sglang", "dense", "file-names", NAMES),
+    ("lmdeploy", "awq", "quant-method", config(INSIDE, quant_method=None)),
+    ("lmdeploy", "awq", "version", config(INSIDE, version="gemv")),
+    ("lmdeploy", "awq", "group-size", every(group_size=64)),
+    ("lmdeploy", "awq", "bits", EIGHT),
+    ("lmdeploy", "awq", "scale-dtype", layer(scale_dtype="F32")),
+    ("lmdeploy", "awq", "no-qzeros", NO_QZEROS),
+    ("lmdeploy", "gptq", "bits", EIGHT),
+    ("lmdeploy", "gptq", "group-size", every(group_size=64)),
+    ("lmdeploy", "gptq", "symmetric", ASYM),
+    ("lmdeploy", "gptq", "sym", config(INSIDE, sym=False)),
+    ("lmdeploy", "gptq", "act-order", layer(act_order=True)),
+    ("lmdeploy", "gptq", "variant", folder(variant="v2")),
+    ("lmdeploy", "dense", "file-names", NAMES),
+    ("vllm-ascend", "msmodelslim", "file-names", folder(names=("quant_model_description_w8a16.json",))),
+    ("vllm-ascend", "msmodelslim", "type", every(type="W4A16")),
+    ("vllm-ascend", "msmodelslim", "group-size", every(group_size=128)),
+    ("vllm-ascend", "msmodelslim", "fused", layer(type="W8A8")),
+    ("vllm-ascend", "msmodelslim", "described", folder(undescribed=("model.layers.0.mlp.gate",))),
+    ("vllm-ascend", "msmodelslim", "quantization-config", config("config.json", quantization_config={"group_size": 0})),
+    ("vllm-ascend", "dense", "file-names", NAMES),
+    ("mindie", "msmodelslim", "config-keys", config("config.json", quantize=None)),
+    ("mindie", "msmodelslim", "config-keys", config(INSIDE, group_size=None)),
+    ("mindie", "dense", "file-names", NAMES),
+]
+
+
+def unmet(consumer: str, facts: FolderFacts) -> list[str]:
+    return [requirement.code for requirement in CONSUMERS[consumer].formats[facts.format] if requirement.unmet(facts)]
+
+
+ROWS = [(consumer, format) for consumer in ALL for format in CONSUMERS[consumer].formats]
+
+
+@pytest.mark.parametrize(("consumer", "format"), ROWS)
+def test_the_safest_export_meets_every_row(consumer: str, format: str) -> None:
+    assert unmet(consumer, safe(consumer, format)) == []
+
+
+@pytest.mark.parametrize(
+    ("consumer", "format", "code", "change"), FAILS, ids=[f"{c}-{f}-{code}-{n}" for n, (c, f, code, _) in enumerate(FAILS)]
+)
+def test_a_row_fails_on_what_it_is_about(consumer: str, format: str, code: str, change: Change) -> None:
+    assert code in unmet(consumer, change(safe(consumer, format)))
+
+
+def test_every_row_has_a_failing_case() -> None:
+    rows = [(consumer, format, row.code) for consumer, format in ROWS for row in CONSUMERS[consumer].formats[format]]
+    assert sorted(rows) == sorted((consumer, format, code) for consumer, format, code, _ in FAILS)
+
+
+@pytest.mark.parametrize(("consumer", "format"), ROWS)
+def test_every_row_says_what_is_wanted_what_to_do_and_how_it_is_known(consumer: str, format: str) -> None:
+    assert format in {spec.name for spec in FORMATS}
+    for row in CONSUMERS[consumer].formats[format]:
+        assert row.wanted
+        assert row.mend
+        assert re.search(r"\d+\.\d+|182b75ea|formats/|not run", row.source), row.source
+
+
+# --- tensor parallelism, shapes, act order in detail --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tp", "met"), [(1, True), (2, True), (4, True), (8, False)])
+def test_groups_must_be_whole_on_each_rank(tp: int, met: bool) -> None:
+    """o_proj has 512 inputs in groups of 128: 4 ranks have one each, 8 would have half a group."""
+    assert ("tensor-parallel" not in unmet("vllm", replace(SAFE["gptq"], tp=tp))) is met
+
+
+def test_few_key_heads_are_copied_to_ranks() -> None:
+    """2 heads of k on 4 ranks: each rank holds one head of 128, not half of one."""
+    facts = replace(SAFE["gptq"], tp=4, configs={**SAFE["gptq"].configs, "config.json": {"num_key_value_heads": 2}})
+    odd = replace(facts, layers=tuple(replace(one, out=64) if one.leaf in {"k_proj", "v_proj"} else one for one in facts.layers))
+    assert "shape-multiple" not in unmet("vllm", odd)
+    assert "shape-multiple" in unmet("vllm", replace(odd, configs={**facts.configs, "config.json": {"num_key_value_heads": 4}}))
+
+
+def test_act_order_without_groups_is_no_act_order_to_vllm() -> None:
+    facts = config(INSIDE, desc_act=True)(every(group_size=-1)(SAFE["gptq"]))
+    assert unmet("vllm", facts) == []
+    assert "act-order" in unmet("lmdeploy", facts)
+
+
+def test_a_group_as_long_as_the_input_is_per_channel() -> None:
+    assert "group-size" not in unmet("vllm", every(group_size=512, in_=512)(SAFE["gptq"]))
+    assert "group-size" not in unmet("lmdeploy", every(group_size=-1, in_=128)(SAFE["gptq"]))
+
+
+def test_named_floats_are_no_floats_too_many() -> None:
+    facts = config(INSIDE, modules_to_not_convert=["model.layers.9.mlp.down_proj"])(FLOAT_DOWN(SAFE["awq"]))
+    assert unmet("vllm", facts) == []
+
+
+def test_a_marlin_layout_of_awq_has_no_qzeros() -> None:
+    facts = config(INSIDE, version="marlin", zero_point=False)(replace(NO_QZEROS(SAFE["awq"]), variant="marlin"))
+    assert unmet("autoawq", facts) == []
+
+
+# --- real folders -------------------------------------------------------------------------------------------------------
+
+EXPECTED = {
+    "awq_gemm_g128_zp": {"autogptq": ["version"], "vllm-ascend": ["format"], "mindie": ["format"]},
+    "gptq_v1_4b_g128_sym": {
+        "transformers": ["file-names"], "autoawq": ["format"], "gptqmodel": ["is-marlin-format"], "vllm": ["file-names"],
+        "vllm-ascend": ["format"], "mindie": ["format"],
+    },
+    "gptq_v1_4b_g128_asym": {
+        "transformers": ["file-names"], "autoawq": ["format"], "gptqmodel": ["asymmetric-v1", "is-marlin-format"],
+        "vllm": ["symmetric", "file-names"], "sglang": ["symmetric"], "lmdeploy": ["symmetric"],
+        "vllm-ascend": ["format"], "mindie": ["format"],
+    },
+    "gptq_v1_4b_gm1_sym": {
+        "transformers": ["file-names"], "autoawq": ["format"], "gptqmodel": ["is-marlin-format"], "vllm": ["file-names"],
+        "lmdeploy": ["group-size"], "vllm-ascend": ["format"], "mindie": ["format"],
+    },
+    "gptqmodel_v1_4b_g128_sym": {"autoawq": ["format"], "vllm-ascend": ["format"], "mindie": ["format"]},
+    "gptqmodel_v2_3b_g128": {
+        "autoawq": ["format"], "autogptq": ["variant"], "vllm": ["bits"], "sglang": ["bits"], "lmdeploy": ["bits", "variant"],
+        "vllm-ascend": ["format"], "mindie": ["format"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EXPECTED)
+@pytest.mark.parametrize("consumer", ALL)
+def test_goldens_against_each_consumer(case: str, consumer: str) -> None:
+    report = check(GOLDENS / case, consumer)
+    assert [one.code for one in report.unmet] == EXPECTED[case].get(consumer, [])
+    assert report.ok is (consumer not in EXPECTED[case])
+
+
+def test_an_unmet_requirement_counts_layers_and_says_where_and_what_to_do() -> None:
+    (symmetric, *_) = check(GOLDENS / "gptq_v1_4b_g128_asym", "vllm").unmet
+    assert (symmetric.count, symmetric.first, symmetric.found) == (14, "model.layers.0.mlp.down_proj", "zero points")
+    assert symmetric.mend.endswith(f"weighbridge convert {GOLDENS / 'gptq_v1_4b_g128_asym'} OUT --to awq")
+    assert "vllm 0.33.0" in symmetric.source
+    assert "and 13 more" in str(symmetric)
+
+
+@pytest.mark.parametrize(
+    ("case", "codes"),
+    [
+        ("v1_w8a16_pc", []),
+        ("w8a16_g128_sym_bf16", ["file-names", "group-size"]),
+        ("w4a16_g128_sym_bf16", ["file-names", "type"]),
+        ("w8a8_mix_cfg_fp16", ["file-names", "fused"]),
+    ],
+)
+def test_msmodelslim_goldens_for_vllm_ascend(case: str, codes: list[str]) -> None:
+    assert [one.code for one in check(FIXTURES / "msmodelslim" / case, "vllm-ascend").unmet] == codes
+
+
+def test_a_float_folder() -> None:
+    source = FIXTURES / "msmodelslim" / "src_bf16"
+    assert check(source, "transformers").ok
+    (one,) = check(source, "autogptq").unmet
+    assert one.mend == "quantize it first: its weights are float"
+
+
+@pytest.mark.parametrize("target", ["awq", "gptq"])
+def test_what_a_conversion_wrote_loads_where_it_should(tmp_path: Path, target: str) -> None:
+    source = write_msmodelslim(tmp_path / "source", model(group=64))
+    convert(source, tmp_path / "out", to=target)
+    assert [name for name in ("transformers", "vllm", "sglang", "gptqmodel") if not check(tmp_path / "out", name).ok] == []
+
+
+def test_float_linears_of_a_real_folder_are_seen(tmp_path: Path) -> None:
+    down = "model.layers.1.mlp.down_proj"
+    convert(write_msmodelslim(tmp_path / "source", roll_back(model(), [down])), tmp_path / "out", to="awq")
+    assert check(tmp_path / "out", "vllm").ok
+    path = tmp_path / "out" / "config.json"
+    content = json.loads(path.read_text("utf-8"))
+    content["quantization_config"]["modules_to_not_convert"] = None
+    path.write_text(json.dumps(content), "utf-8")
+    assert [(one.code, one.first) for one in check(tmp_path / "out", "vllm").unmet] == [("modules-to-not-convert", down)]
+
+
+def test_missing_tensors_and_keys_are_unmet_requirements_not_errors(tmp_path: Path) -> None:
+    """The readers refuse such folders; ``check`` says what is missing."""
+    path = tmp_path / "ill"
+    shutil.copytree(GOLDENS / "gptqmodel_v1_4b_g128_sym", path)
+    gone = [f"model.layers.0.self_attn.q_proj.{part}" for part in ("g_idx", "qzeros")]
+    change_tensors(weight_file(path), lambda tensors: [tensors.pop(name) for name in gone])
+    content = json.loads((path / "config.json").read_text("utf-8"))
+    del content["quantization_config"]["quant_method"], content["quantization_config"]["bits"]
+    (path / "config.json").write_text(json.dumps(content), "utf-8")
+    found = {one.code: one for one in check(path, "transformers").unmet}
+    assert set(found) == {"config-keys", "no-g_idx", "no-qzeros", "bits"}
+    assert found["config-keys"].found == "no quant_method, bits"
+    assert found["no-g_idx"].count == 1
+    assert found["no-g_idx"].mend == f"weighbridge doctor {path} --fix OUT"
+
+
+def test_zero_points_of_the_other_version_are_not_taken_for_asymmetric_ones(tmp_path: Path) -> None:
+    """Converting would carry the error along: the folder is to be mended first. vLLM does not read the zero points."""
+    path = tmp_path / "ill"
+    shutil.copytree(GOLDENS / "gptqmodel_v1_4b_g128_sym", path)
+    content = json.loads((path / "config.json").read_text("utf-8"))
+    content["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (path / "config.json").write_text(json.dumps(content), "utf-8")
+    (one,) = check(path, "transformers").unmet
+    assert (one.code, one.count, one.mend) == ("zero-point-version", 14, f"weighbridge doctor {path} --fix OUT")
+    assert check(path, "vllm").ok
+
+
+@pytest.mark.parametrize("consumer", ALL)
+@pytest.mark.parametrize("value", ["128", [4], {"a": 1}, 1e9, -7, True], ids=repr)
+def test_config_values_of_any_type_never_crash(tmp_path: Path, consumer: str, value: object) -> None:
+    path = tmp_path / "odd"
+    shutil.copytree(GOLDENS / "gptqmodel_v1_4b_g128_sym", path)
+    content = json.loads((path / "config.json").read_text("utf-8"))
+    keys = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic", "lm_head", "modules_to_not_convert", "version")
+    content["quantization_config"].update(dict.fromkeys(keys, value))
+    content |= {"num_key_value_heads": value, "torch_dtype": value, "dtype": value}
+    (path / "config.json").write_text(json.dumps(content), "utf-8")
+    assert isinstance(check(path, consumer, tp=2).unmet, list)
+
+
+def test_usage() -> None:
+    with pytest.raises(UsageError, match="transformers"):
+        check(GOLDENS / "awq_gemm_g128_zp", "llama.cpp")
+    with pytest.raises(UsageError, match="--tp"):
+        check(GOLDENS / "awq_gemm_g128_zp", "vllm", tp=0)
+
+
+def test_what_is_not_read_is_refused_not_guessed(tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    shutil.copytree(GOLDENS / "awq_gemm_g128_zp", path)
+    content = json.loads((path / "config.json").read_text("utf-8"))
+    content["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (path / "config.json").write_text(json.dumps(content), "utf-8")
+    change_tensors(weight_file(path), lambda tensors: [tensors.pop(name) for name in [*tensors] if name.endswith("scales")])
+    with pytest.raises(RefusedError, match="bitsandbytes"):
+        check(path, "vllm")
