@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ from formats.msmodelslim import find_description
 from formats.safetensors_file import NAMES, TensorSet, read_json
 
 from .consumers import CONSUMERS
+from .folder import configs
 from .probe import zero_range
+from .records import Plan
 from .requirements import FolderFacts, LayerFacts, Requirement
 from .stored import StoredLayer, is_irregular, is_symmetric, open_weights, stored_layers
 
@@ -124,6 +127,34 @@ def _stored_facts(location: Location, tensors: TensorSet, stored: list[StoredLay
     floats = tuple(name.removesuffix(".weight") for name in tensors if name.endswith(FLOAT_LINEARS))
     files = tuple(file.path.name for file in tensors.files)
     return FolderFacts(spelling, "gemm" if spelling == "awq" else version, configs, files, location.names, layers, floats, tp=tp)
+
+
+def consumers_of(plan: Plan, tp: int = 1) -> dict[str, list[str]]:
+    """For every consumer, the codes of what it would miss in the folder that ``plan`` writes; none if it would load it."""
+    facts = _plan_facts(plan, tp)
+    result = {}
+    for name, consumer in CONSUMERS.items():
+        rows = consumer.formats.get(facts.format)
+        result[name] = ["format"] if rows is None else [row.code for row in rows if row.unmet(facts)]
+    return result
+
+
+def _plan_facts(plan: Plan, tp: int) -> FolderFacts:
+    written: dict[str, Mapping[str, Any]] = dict(configs(plan))
+    if "quantization_config" in written.get("config.json", {}):
+        written["quantization_config"] = written["config.json"]["quantization_config"]
+    layers = []
+    for layer in plan.layers:
+        target = layer.target
+        args = target.scheme.weights
+        parts = frozenset(spec.name.rpartition(".")[2] for spec in plan.outputs(target))
+        kind = f"W{args.bits}A16" if plan.spec.name == "msmodelslim" else ""
+        size, ordered, dtype = target.group_size, args.actorder is not None, target.scale_dtype
+        layers.append(LayerFacts(target.name, *target.shape, args.bits, size, args.symmetric, ordered, dtype, parts, kind))
+    files = tuple(file.name for file in plan.files)
+    index = (f"{plan.stem}.safetensors.index.json",) if len(files) > 1 else ()
+    names = (*files, *index, *(name for name in written if name != "quantization_config"))
+    return FolderFacts(plan.spec.name, plan.variant.name, written, files, names, tuple(layers), plan.model.float_linears, (), tp)
 
 
 def _stored_layer(tensors: TensorSet, layer: StoredLayer, version: str) -> LayerFacts:

@@ -139,6 +139,7 @@ def plan(
     json: bool = JSON,
 ) -> None:
     """Steps, losses, refusals, output files, bytes, peak memory; writes nothing."""
+    from .checking import consumers_of
     from .planning import plan as function
 
     decided = function(
@@ -153,15 +154,16 @@ def plan(
         gptq_zeros=gptq_zeros,
         jobs=jobs,
     )
+    consumers = {} if decided.refusals else consumers_of(decided)
     if json:
-        print_json(decided.to_json())
+        print_json({**decided.to_json(), "consumers": consumers})
     else:
-        _print_plan(decided)
+        _print_plan(decided, consumers)
     if decided.refusals:
         raise SystemExit(RefusedError.exit_code)
 
 
-def _print_plan(decided: Any) -> None:
+def _print_plan(decided: Any, consumers: dict[str, list[str]]) -> None:
     from .moves import MOVES
     from .records import LOSSES
 
@@ -179,6 +181,10 @@ def _print_plan(decided: Any) -> None:
         print_table("Output files", ["file", "bytes", "tensors"], files, right=(1, 2))
     for note in decided.notes:
         typer.echo(f"note: {note}")
+    if consumers:
+        typer.echo(f"meets what these require: {', '.join(name for name, unmet in consumers.items() if not unmet) or 'none'}")
+        unmet = [f"{name} ({', '.join(codes)})" for name, codes in consumers.items() if codes]
+        typer.echo(f"not of these: {', '.join(unmet)}; `weighbridge check` on the folder says why" if unmet else "")
 
 
 @app.command(cls=Failing)

@@ -29,28 +29,34 @@ CARRIED = (
 """Names beside the weights that a loader (or a lawyer) needs; weights, indexes and descriptions are never among them."""
 
 
-def write_sidecars(plan: Plan, folder: Path) -> list[str]:
-    """Write every file beside the weights into ``folder``; returns what is missing for a folder that loads, in words."""
+def configs(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The JSON files beside the weights, by name; config.json only where there is one to begin with."""
     assert plan.spec.quantization_config is not None
-    base = plan.base or plan.checkpoint.location
     others, quantization = plan.spec.quantization_config(plan.model, plan.variant.name)
     config = model_config(plan.checkpoint, plan.base)
-    missing = []
     if config is None:
-        missing.append(
-            "config.json: pass --base-model with the float model's folder, or copy its config.json and add our quantization config to it"
-        )
-    else:
-        _write_json(folder / "config.json", _with_quantization(config, quantization, plan.model.model_dtype))
-    for name, content in others.items():
-        if config is None or name != "quant_config.json":
-            _write_json(folder / name, content)
+        return dict(others)
+    kept = {name: content for name, content in others.items() if name != "quant_config.json"}  # for folders without a config.json
+    return {"config.json": _with_quantization(config, quantization, plan.model.model_dtype), **kept}
+
+
+def write_sidecars(plan: Plan, folder: Path) -> list[str]:
+    """Write every file beside the weights into ``folder``; returns what is missing for a folder that loads, in words."""
+    base = plan.base or plan.checkpoint.location
+    written = configs(plan)
+    missing = []
+    for name, content in written.items():
+        _write_json(folder / name, content)
     if len(plan.files) > 1:
         (folder / f"{plan.stem}.safetensors.index.json").write_text(index_json(plan.files), encoding="utf-8")
     carried = _carry(base, folder)
-    if config is not None and not any(name.startswith("tokenizer") or name.endswith(".model") for name in carried):
+    if "config.json" not in written:
+        missing.append(
+            "config.json: pass --base-model with the float model's folder, or copy its config.json and add our quantization config to it"
+        )
+    elif not any(name.startswith("tokenizer") or name.endswith(".model") for name in carried):
         missing.append("tokenizer files: there are none beside config.json")
-    (folder / "README.md").write_text(model_card(plan, base, config), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, base, written.get("config.json")), encoding="utf-8")
     return missing
 
 
