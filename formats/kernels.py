@@ -29,6 +29,10 @@ def pack(layout: PackLayout, codes: Array, stored: Array) -> None:
         lanes, stride = _flat_words(codes, np.dtype(np.uint64 if layout.bits == 4 else np.uint32))
         kernel: Any = _pack_in_transposed_4 if layout.bits == 4 else _pack_in_transposed_8
         kernel(lanes, stride, codes.shape[0], stored.shape[0], _mutable(stored, np.uint32), np.uint64(flip * 0x0101010101010101))
+    elif _nibbles(layout):
+        source, stride = _flat(codes)
+        kernel = _pack_nibble_rows if layout.axis == "out" else _pack_nibble_columns
+        kernel(source, stride, stored.shape[0], stored.shape[1], _mutable(stored, np.uint8), layout.offset)
     elif _word_by_word(layout):
         source, stride = _flat(codes)
         shifts = _shifts(layout)
@@ -51,6 +55,10 @@ def unpack(layout: PackLayout, stored: Array) -> Array:
     elif swar and layout.bits == 8 and layout.low == -128:
         words, stride = _flat_words(stored, np.dtype(np.uint32))
         _unpack_in_transposed_8(words, stride, shape[0], stored.shape[0], codes.reshape(-1).view(np.uint32))
+    elif _nibbles(layout):
+        source, stride = _flat(stored)
+        kernel = _unpack_nibble_rows if layout.axis == "out" else _unpack_nibble_columns
+        kernel(source, stride, stored.shape[0], stored.shape[1], codes.reshape(-1), layout.offset + layout.low, layout.low)
     elif _word_by_word(layout):
         words, stride = _flat_words(stored, np.dtype(np.uint32))
         out = (words, stride, stored.shape[1], shape[1], codes.reshape(-1), _shifts(layout))
@@ -149,6 +157,11 @@ def _flat_words(view: Array, word: np.dtype[Any]) -> tuple[Array, int]:
     per_word = size // view.itemsize if size > view.itemsize else 1
     length = len(flat) // per_word * per_word
     return flat[:length].view(word), stride // per_word
+
+
+def _nibbles(layout: PackLayout) -> bool:
+    """Whether each byte holds two consecutive codes, the first one low, and rows are output channels."""
+    return layout.bits == 4 and layout.word == "i1" and not layout.order and not layout.transposed
 
 
 def _word_by_word(layout: PackLayout) -> bool:
@@ -296,6 +309,52 @@ def _unpack_out_transposed(words, stride, count, cols, codes, shifts, turn, mask
                     row, lanes = codes[at : at + cn], block[w]
                     for c in range(cn):
                         row[c] = np.int8(((np.int32(lanes[c] >> shift) - np.int32(turn)) & np.int32(mask)) + np.int32(low))
+
+
+@_jit
+def _pack_nibble_rows(source, stride, rows, cols, stored, offset):  # type: ignore[no-untyped-def]
+    for r in range(rows):
+        first = source[2 * r * stride : 2 * r * stride + cols]
+        second = source[(2 * r + 1) * stride : (2 * r + 1) * stride + cols]
+        packed = stored[r * cols : (r + 1) * cols]
+        for c in range(cols):
+            low = (np.int32(first[c]) + np.int32(offset)) & np.int32(15)
+            high = (np.int32(second[c]) + np.int32(offset)) & np.int32(15)
+            packed[c] = np.uint8(low | (high << np.int32(4)))
+
+
+@_jit
+def _pack_nibble_columns(source, stride, rows, cols, stored, offset):  # type: ignore[no-untyped-def]
+    for r in range(rows):
+        row = source[r * stride : r * stride + 2 * cols]
+        packed = stored[r * cols : (r + 1) * cols]
+        for c in range(cols):
+            low = (np.int32(row[2 * c]) + np.int32(offset)) & np.int32(15)
+            high = (np.int32(row[2 * c + 1]) + np.int32(offset)) & np.int32(15)
+            packed[c] = np.uint8(low | (high << np.int32(4)))
+
+
+@_jit
+def _unpack_nibble_rows(stored, stride, rows, cols, codes, turn, low):  # type: ignore[no-untyped-def]
+    for r in range(rows):
+        packed = stored[r * stride : r * stride + cols]
+        first = codes[2 * r * cols : (2 * r + 1) * cols]
+        second = codes[(2 * r + 1) * cols : (2 * r + 2) * cols]
+        for c in range(cols):
+            byte = np.int32(packed[c])
+            first[c] = np.int8(((byte - np.int32(turn)) & np.int32(15)) + np.int32(low))
+            second[c] = np.int8((((byte >> np.int32(4)) - np.int32(turn)) & np.int32(15)) + np.int32(low))
+
+
+@_jit
+def _unpack_nibble_columns(stored, stride, rows, cols, codes, turn, low):  # type: ignore[no-untyped-def]
+    for r in range(rows):
+        packed = stored[r * stride : r * stride + cols]
+        row = codes[2 * r * cols : 2 * (r + 1) * cols]
+        for c in range(cols):
+            byte = np.int32(packed[c])
+            row[2 * c] = np.int8(((byte - np.int32(turn)) & np.int32(15)) + np.int32(low))
+            row[2 * c + 1] = np.int8((((byte >> np.int32(4)) - np.int32(turn)) & np.int32(15)) + np.int32(low))
 
 
 @_jit
