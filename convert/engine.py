@@ -23,7 +23,7 @@ import numpy as np
 from formats import Checkpoint, Location
 from formats.errors import NotSameError, RefusedError, UnreadableError
 from formats.ir import Array, QuantizedLinear
-from formats.layouts import expect_work
+from formats.layouts import PackLayout, expect_work
 from formats.safetensors_file import DEFAULT_SHARD_BYTES, DTYPES, TensorInfo
 from formats.scaled_zeros import scale_zeros
 from formats.spec import TensorSpec
@@ -267,9 +267,14 @@ class _Engine:
             output, info = self.places[spec.name]
             row_bands = [slice(start, min(start + TILE_ROWS, out)) for start in range(0, out, TILE_ROWS)]
             if spec.part in {"codes", "weight"}:
-                for rows in row_bands:
-                    for start in range(0, in_, TILE_COLS):
-                        yield partial(_write_tile, layer, spec, output, info, rows, slice(start, min(start + TILE_COLS, in_)))
+                # Whole rows of what is stored by row, so that a tile is one write; else columns, which are its rows.
+                by_row = spec.layout is None or (isinstance(spec.layout, PackLayout) and not spec.layout.transposed)
+                height = max(64, TILE_ROWS * TILE_COLS // in_ // 64 * 64) if by_row else TILE_ROWS
+                width = in_ if by_row else TILE_COLS
+                for top in range(0, out, height):
+                    for start in range(0, in_, width):
+                        tile = slice(top, min(top + height, out)), slice(start, min(start + width, in_))
+                        yield partial(_write_tile, layer, spec, output, info, *tile)
             elif spec.part in {"scales", "zero_points", "scaled_zeros"}:
                 for rows in row_bands:
                     yield partial(_write_grid, layer, plan.repeat, self._smallest_zero(plan), spec, output, info, rows)
