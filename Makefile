@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONWARNINGS =
 
-.PHONY: demo test oracles lint bench clean
+.PHONY: demo test fuzz oracles lint bench bench-pack clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Weighbridge needs Python 3.10 or later; this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...") if sys.version_info < (3, 10) else None'
@@ -26,6 +26,12 @@ demo: $(VENV)/.core
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
+# Coverage-guided fuzzing of what reads a stranger's bytes; longer: make fuzz SECONDS=36000.
+SECONDS ?= 3600
+fuzz: $(VENV)/.core
+	$(BIN)/pip install --quiet --editable '.[fuzz]'
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,10 +39,14 @@ lint: $(VENV)/.test
 
 # The real tools, each in its own environment outside this folder, judge what Weighbridge writes.
 oracles: $(VENV)/.test
-	$(BIN)/nox --sessions autoawq autogptq gptqmodel msmodelslim torch
+	$(BIN)/nox --sessions autoawq autogptq gptqmodel msmodelslim vllm_ascend torch
 
 bench: $(VENV)/.core
 	cd scripts && ../$(BIN)/python bench.py --hub --plan
+
+# Packing against the real tools: needs the environments that `make oracles` leaves.
+bench-pack: $(VENV)/.test
+	$(BIN)/python scripts/bench_pack.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

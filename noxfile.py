@@ -1,6 +1,6 @@
 """The real tools that check what Weighbridge writes, each in an environment of its own.
 
-    nox -s autoawq autogptq gptqmodel msmodelslim
+    nox -s autoawq autogptq gptqmodel msmodelslim vllm_ascend
 
 A session builds the tool's environment, then runs the project's own tests with the interpreter
 that runs nox, and tells them where the tool's interpreter is; the tests call it as a subprocess.
@@ -17,12 +17,21 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import nox
 
 TORCH = "torch==2.13.0"
 ORACLES = Path(__file__).parent / "tests" / "oracles"
+VLLM_ASCEND = "vllm_ascend-0.30.0rc2"
+VLLM_SETTINGS = {
+    "GLOO_SOCKET_IFNAME": "lo",  # its one process meets itself on the loopback
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 def cache_folder() -> Path:
@@ -36,23 +45,31 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.envdir = str(cache_folder() / "oracles")
 
 
-def install(session: nox.Session, requirements: Path) -> None:
-    """Install torch and then the requirements, unless this environment already has exactly them."""
-    stamp = Path(session.virtualenv.location) / "weighbridge-requirements.sha256"
+def shared_environment(session: nox.Session, name: str) -> Path:
+    """The folder of an environment that several sessions use. (nox itself has one for each.)"""
+    home = cache_folder() / "oracles" / name
+    if not (home / "bin" / "python").exists():
+        session.run(sys.executable, "-m", "venv", "--clear", str(home), external=True)
+    return home
+
+
+def install(session: nox.Session, requirements: Path, home: Path) -> None:
+    """Install torch and then the requirements, unless the environment at ``home`` already has exactly them."""
+    stamp = home / "weighbridge-requirements.sha256"
     digest = hashlib.sha256(TORCH.encode() + b"\n" + requirements.read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text("ascii") == digest:
         session.log(f"{requirements.name} is already installed")
         return
     stamp.unlink(missing_ok=True)
-    session.install(TORCH)
+    pip = (str(home / "bin" / "python"), "-m", "pip", "install")
+    session.run(*pip, TORCH, silent=True, external=True)
     # The file is a complete list, and the tools' own metadata asks for packages they do not need.
-    session.install("--no-deps", "-r", str(requirements))
+    session.run(*pip, "--no-deps", "-r", str(requirements), silent=True, external=True)
     stamp.write_text(digest, "ascii")
 
 
-def run_oracle(session: nox.Session, tool: str, **variables: str) -> None:
-    """Build the environment of ``tool`` and run ``tests/oracles/test_<tool>.py`` against it, under ``variables``."""
-    install(session, ORACLES / f"requirements-{tool}.txt")
+def run_tests(session: nox.Session, tool: str, home: Path, **variables: str) -> None:
+    """Run ``tests/oracles/test_<tool>.py`` against the environment at ``home``, under ``variables``."""
     session.run(
         sys.executable,
         "-m",
@@ -61,9 +78,16 @@ def run_oracle(session: nox.Session, tool: str, **variables: str) -> None:
         "oracle",  # pyproject.toml leaves them out of an ordinary run
         str(ORACLES / f"test_{tool}.py"),
         *session.posargs,
-        env={f"WEIGHBRIDGE_ORACLE_{tool.upper()}": str(Path(session.bin) / "python"), **variables},
+        env={f"WEIGHBRIDGE_ORACLE_{tool.upper()}": str(home / "bin" / "python"), **variables},
         external=True,
     )
+
+
+def run_oracle(session: nox.Session, tool: str, **variables: str) -> None:
+    """Build the session's environment, of ``tool``, and run ``tests/oracles/test_<tool>.py`` against it, under ``variables``."""
+    home = Path(session.virtualenv.location)
+    install(session, ORACLES / f"requirements-{tool}.txt", home)
+    run_tests(session, tool, home, **variables)
 
 
 @nox.session(venv_backend="venv")
@@ -96,6 +120,44 @@ def gptqmodel(session: nox.Session) -> None:
 def msmodelslim(session: nox.Session) -> None:
     """msModelSlim 26.1.0 validates and reads every folder that Weighbridge writes in its format."""
     run_oracle(session, "msmodelslim")
+
+
+def vllm_environment(session: nox.Session) -> Path:
+    home = shared_environment(session, "vllm")
+    install(session, ORACLES / "requirements-vllm.txt", home)
+    return home
+
+
+def unpack_vllm_ascend(session: nox.Session, home: Path) -> None:
+    """Lay the sources of vllm-ascend into the folder of the environment at ``home``, unless they are there.
+
+    They are not installed: that would build kernels, and as a plugin they would make any vLLM of the environment look for an NPU.
+    """
+    if (home / VLLM_ASCEND).exists():
+        session.log(f"{VLLM_ASCEND} is already there")
+        return
+    with tempfile.TemporaryDirectory(dir=home) as folder:
+        pip = (str(home / "bin" / "python"), "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-binary", "vllm-ascend")
+        session.run(
+            *pip,
+            "--dest",
+            folder,
+            "-r",
+            str(ORACLES / "requirements-vllm_ascend.txt"),
+            env={"SOC_VERSION": "ascend910b1"},  # pip asks its setup.py for the version, which asks for a chip
+            silent=True,
+            external=True,
+        )
+        session.run("tar", "-xzf", f"{folder}/{VLLM_ASCEND}.tar.gz", "-C", folder, f"{VLLM_ASCEND}/vllm_ascend", external=True)
+        (Path(folder) / VLLM_ASCEND).rename(home / VLLM_ASCEND)
+
+
+@nox.session(venv_backend="none")
+def vllm_ascend(session: nox.Session) -> None:
+    """vLLM 0.32.0 loads msModelSlim folders with the parser and the schemes of vllm-ascend 0.30.0rc2."""
+    home = vllm_environment(session)
+    unpack_vllm_ascend(session, home)
+    run_tests(session, "vllm_ascend", home, **VLLM_SETTINGS)
 
 
 @nox.session(venv_backend="venv")

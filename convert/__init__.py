@@ -13,18 +13,19 @@ if TYPE_CHECKING:
     from .planning import plan
     from .proof import Fingerprint
     from .records import Plan
+    from .staging import Unfinished, clean
     from .verification import Verdict, fingerprint, verify
 
 __all__ = [
-    "CheckReport", "Diagnosis", "Fingerprint", "Plan", "Report", "Result", "Verdict",
-    "check", "convert", "doctor", "fingerprint", "inspect", "plan", "run", "verify",
+    "CheckReport", "Diagnosis", "Fingerprint", "Plan", "Report", "Result", "Unfinished", "Verdict",
+    "check", "clean", "convert", "doctor", "fingerprint", "inspect", "plan", "run", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "plan": "planning", "Plan": "records", "convert": "engine", "run": "engine", "Result": "engine",
     "verify": "verification", "Verdict": "verification", "fingerprint": "verification", "Fingerprint": "proof",
     "inspect": "inspection", "Report": "inspection", "check": "checking", "CheckReport": "checking",
-    "doctor": "mending", "Diagnosis": "mending",
+    "doctor": "mending", "Diagnosis": "mending", "clean": "staging", "Unfinished": "staging",
 }  # fmt: skip
 
 

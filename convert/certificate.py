@@ -60,5 +60,6 @@ def certificate(result: Result) -> dict[str, Any]:
 
 def write_certificate(result: Result, folder: Path) -> None:
     """Write the certificate into ``folder``."""
-    text = json.dumps(certificate(result), indent=1, ensure_ascii=False)
-    (folder / NAME).write_text(text + "\n", encoding="utf-8")
+    with (folder / NAME).open("w", encoding="utf-8") as file:
+        json.dump(certificate(result), file, indent=1, ensure_ascii=False)
+        file.write("\n")

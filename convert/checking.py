@@ -183,7 +183,20 @@ def _reader_facts(checkpoint: Checkpoint, configs: dict[str, Any], tp: int) -> F
         symmetric = zero_range(layer.zero_points) == (0, 0)
         parts = frozenset(tensor.rpartition(".")[2] for tensor in checkpoint.layer_tensors(name))
         size, ordered, dtype = args.group_size or -1, args.actorder is not None, NAMES[layer.scales.dtype]
-        layers.append(LayerFacts(name, *layer.shape, args.bits, size, symmetric, ordered, dtype, parts, types.get(name, "")))
+        layers.append(
+            LayerFacts(
+                name,
+                *layer.shape,
+                args.bits,
+                size,
+                symmetric,
+                ordered,
+                dtype,
+                parts,
+                types.get(name, ""),
+                one_scale=args.strategy == "tensor",
+            )
+        )
     if checkpoint.format != "msmodelslim" and checkpoint.unsupported:
         part = checkpoint.unsupported[0]
         raise RefusedError(f"{checkpoint.location.folder.name}: {part.type}: {part.why}, so what it needs cannot be said")

@@ -9,7 +9,7 @@ import typer
 from formats import FORMATS
 from formats.errors import NotSameError, RefusedError
 
-from .terminal import Failing, gigabytes, parse_size, print_json, print_table, progress_bar
+from .terminal import Failing, echo, gigabytes, parse_size, print_json, print_table, progress_bar
 
 app = typer.Typer(
     name="weighbridge",
@@ -92,7 +92,7 @@ def inspect(
     if json:
         print_json(report.to_json())
         return
-    typer.echo(f"{report.format}, {gigabytes(report.bytes)} in {len(report.files)} file(s)")
+    echo(f"{report.format}, {gigabytes(report.bytes)} in {len(report.files)} file(s)")
     rows = [
         [row.scheme, str(row.layers), f"{row.weights / 1e6:.2f} M", gigabytes(row.bytes), f"{row.bits_per_weight:.3f}", row.example]
         for row in report.schemes
@@ -101,14 +101,14 @@ def inspect(
     print_table("Schemes", ["scheme", "layers", "weights", "bytes", "bits per weight", "for example"], rows, right=(1, 2, 3, 4))
     if layers:
         for name, scheme in report.layers.items():
-            typer.echo(f"{name}  {scheme}")
+            echo(f"{name}  {scheme}")
     if report.float_linears:
         more = "" if len(report.float_linears) <= 3 else f" and {len(report.float_linears) - 3} more"
-        typer.echo(f"linears left in float: {', '.join(report.float_linears[:3])}{more}")
+        echo(f"linears left in float: {', '.join(report.float_linears[:3])}{more}")
     for finding in report.findings[:20]:
-        typer.echo(f"[{finding.code}] {finding.where}: {finding.what}")
+        echo(f"[{finding.code}] {finding.where}: {finding.what}")
     if len(report.findings) > 20:
-        typer.echo(f"... and {len(report.findings) - 20} more findings (--json lists them)")
+        echo(f"... and {len(report.findings) - 20} more findings (--json lists them)")
 
 
 BASE_MODEL = typer.Option(None, "--base-model", help="Float model's folder: config.json, tokenizer. Default: beside the source.")
@@ -118,6 +118,7 @@ SCALE_DTYPE = typer.Option(None, "--scale-dtype", metavar="keep|float16|bfloat16
 SERVE_DTYPE = typer.Option(None, "--serve-dtype", metavar="float16|bfloat16", help="msmodelslim only: the dtype in which the NPU computes.")
 SHARD = typer.Option("5GB", "--max-shard-size", help="Largest output file.")
 JOBS = typer.Option(None, "--jobs", min=1, help="Worker threads. Default: the CPUs that may be used.")
+MEMORY = typer.Option("256MiB", "--max-memory", help="Memory that may be used over the bare interpreter's; fewer threads run if little.")
 JSON = typer.Option(False, "--json", help="Print JSON on stdout.")
 TO = typer.Option(
     ..., "--to", metavar="FORMAT[:VARIANT]", help="awq, gptq, gptq:v1, gptq:v2, msmodelslim, dense; `weighbridge formats` lists them."
@@ -136,6 +137,7 @@ def plan(
     gptq_zeros: str | None = GPTQ_ZEROS,
     max_shard_size: str = SHARD,
     jobs: int | None = JOBS,
+    max_memory: str = MEMORY,
     json: bool = JSON,
 ) -> None:
     """Steps, losses, refusals, output files, bytes, peak memory; writes nothing."""
@@ -153,6 +155,7 @@ def plan(
         serve_dtype=serve_dtype,
         gptq_zeros=gptq_zeros,
         jobs=jobs,
+        max_memory=parse_size(max_memory),
     )
     consumers = {} if decided.refusals else consumers_of(decided)
     if json:
@@ -167,24 +170,24 @@ def _print_plan(decided: Any, consumers: dict[str, list[str]]) -> None:
     from .moves import MOVES
     from .records import LOSSES
 
-    typer.echo(f"{decided.source_name} -> {decided.target_name}: {len(decided.layers)} layers, {len(decided.plain)} other tensors")
-    typer.echo(f"reads {gigabytes(decided.source_bytes)}, peak memory about {decided.peak_memory / 2**20:.0f} MiB over the interpreter")
+    echo(f"{decided.source_name} -> {decided.target_name}: {len(decided.layers)} layers, {len(decided.plain)} other tensors")
+    echo(f"reads {gigabytes(decided.source_bytes)}, peak memory at most {decided.peak_memory / 2**20:.0f} MiB over the interpreter")
     rows = [["exact", move, str(count), MOVES[move]] for move, count in decided.move_counts().items()]
     rows += [["loss", loss.code, str(loss.layers), f"{LOSSES[loss.code][1]}; error at most {loss.bound:.3g}"] for loss in decided.losses]
     print_table("Steps", ["kind", "step", "layers", "what it does"], rows, right=(2,))
     for refusal in decided.refusals[:20]:
-        typer.echo(f"refused: {refusal}", err=True)
+        echo(f"refused: {refusal}", err=True)
     if len(decided.refusals) > 20:
-        typer.echo(f"refused: ... and {len(decided.refusals) - 20} more (--json lists them)", err=True)
+        echo(f"refused: ... and {len(decided.refusals) - 20} more (--json lists them)", err=True)
     if decided.files:
         files = [[file.name, gigabytes(file.size), str(len(file.tensors))] for file in decided.files]
         print_table("Output files", ["file", "bytes", "tensors"], files, right=(1, 2))
     for note in decided.notes:
-        typer.echo(f"note: {note}")
+        echo(f"note: {note}")
     if consumers:
-        typer.echo(f"meets what these require: {', '.join(name for name, unmet in consumers.items() if not unmet) or 'none'}")
+        echo(f"meets what these require: {', '.join(name for name, unmet in consumers.items() if not unmet) or 'none'}")
         unmet = [f"{name} ({', '.join(codes)})" for name, codes in consumers.items() if codes]
-        typer.echo(f"not of these: {', '.join(unmet)}; `weighbridge check` on the folder says why" if unmet else "")
+        echo(f"not of these: {', '.join(unmet)}; `weighbridge check` on the folder says why" if unmet else "")
 
 
 @app.command(cls=Failing)
@@ -201,6 +204,7 @@ def convert(
     max_shard_size: str = SHARD,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder once the new one is whole."),
     jobs: int | None = JOBS,
+    max_memory: str = MEMORY,
     proof: bool = typer.Option(True, "--proof/--no-proof", help="Read everything back and compare it with the source."),
     json: bool = JSON,
 ) -> None:
@@ -219,6 +223,7 @@ def convert(
         serve_dtype=serve_dtype,
         gptq_zeros=gptq_zeros,
         jobs=jobs,
+        max_memory=parse_size(max_memory),
     )
     decided.raise_if_refused()
     with progress_bar("converting", decided.source_bytes, quiet=json) as progress:
@@ -232,18 +237,18 @@ def convert(
 def echo_result(result: Any) -> None:
     """What a conversion did, in a few lines."""
     decided = result.plan
-    typer.echo(f"{result.destination}: {decided.target_name}, {len(decided.layers)} quantized layers, {gigabytes(decided.target_bytes)}")
+    echo(f"{result.destination}: {decided.target_name}, {len(decided.layers)} quantized layers, {gigabytes(decided.target_bytes)}")
     for loss in result.losses:
-        typer.echo(f"  {loss.code}: {loss.layers} layers, relative error at most {loss.bound:.3g} ({loss.worst})")
+        echo(f"  {loss.code}: {loss.layers} layers, relative error at most {loss.bound:.3g} ({loss.worst})")
     for note in (*decided.notes, *(f"missing: {item}" for item in result.missing)):
-        typer.echo(f"  note: {note}")
+        echo(f"  note: {note}")
     if result.source_fingerprint is None:
-        typer.echo("  not proved (--no-proof)")
+        echo("  not proved (--no-proof)")
     elif result.exact:
-        typer.echo(f"  proved exact: every weight is bit for bit the source's; fingerprint {result.target_fingerprint.digest}")
+        echo(f"  proved exact: every weight is bit for bit the source's; fingerprint {result.target_fingerprint.digest}")
     else:
-        typer.echo("  proved: codes and zero points equal, rounded within the bounds above, everything else bit for bit")
-        typer.echo(f"  fingerprint {result.target_fingerprint.digest} (source {result.source_fingerprint.digest})")
+        echo("  proved: codes and zero points equal, rounded within the bounds above, everything else bit for bit")
+        echo(f"  fingerprint {result.target_fingerprint.digest} (source {result.source_fingerprint.digest})")
 
 
 @app.command(cls=Failing)
@@ -252,19 +257,19 @@ def verify(
     b: str = typer.Argument(..., help="The other."),
     gptq_zeros: str | None = GPTQ_ZEROS,
     jobs: int | None = JOBS,
+    max_memory: str = MEMORY,
     json: bool = JSON,
 ) -> None:
     """Are these the same weights? From the two folders alone."""
     from formats import Location, open_checkpoint
     from formats.checkpoint import zeros_reading
 
-    from .proof import matrices
     from .verification import verify as function
 
     left, right = (open_checkpoint(Location.of(path, zeros=zeros_reading(gptq_zeros))) for path in (a, b))
-    total = sum(matrix.nbytes for matrix in matrices(left).values())
+    total = left.tensors.nbytes
     with progress_bar("verifying", total, quiet=json) as progress:
-        verdict = function(left, right, jobs=jobs, progress=progress)
+        verdict = function(left, right, jobs=jobs, max_memory=parse_size(max_memory), progress=progress)
     if json:
         print_json(verdict.to_json())
     else:
@@ -275,23 +280,23 @@ def verify(
 
 def _print_verdict(verdict: Any, a: str, b: str) -> None:
     if verdict.same and not verdict.rounded:
-        typer.echo(f"the same: {verdict.compared} tensors, bit for bit; fingerprint {verdict.left.digest}")
+        echo(f"the same: {verdict.compared} tensors, bit for bit; fingerprint {verdict.left.digest}")
     elif verdict.same:
-        typer.echo(
+        echo(
             f"the same but for rounding: {verdict.compared} tensors, codes and zero points equal; {len(verdict.rounded)} tensors have "
             f"values rounded to the other side's dtype, relative difference at most {verdict.bound:.3g}"
         )
-        typer.echo(f"fingerprints {verdict.left.digest} and {verdict.right.digest}")
+        echo(f"fingerprints {verdict.left.digest} and {verdict.right.digest}")
     else:
         count = len(verdict.different) + len(verdict.only_left) + len(verdict.only_right)
-        typer.echo(f"not the same: {count} of {verdict.compared + len(verdict.only_left) + len(verdict.only_right)} tensors differ")
+        echo(f"not the same: {count} of {verdict.compared + len(verdict.only_left) + len(verdict.only_right)} tensors differ")
         for comparison in verdict.different[:10]:
-            typer.echo(f"  {comparison.name}: {comparison.detail}")
+            echo(f"  {comparison.name}: {comparison.detail}")
         if len(verdict.different) > 10:
-            typer.echo(f"  ... and {len(verdict.different) - 10} more (--json lists them)")
+            echo(f"  ... and {len(verdict.different) - 10} more (--json lists them)")
         for names, where in ((verdict.only_left, a), (verdict.only_right, b)):
             for name in names[:5]:
-                typer.echo(f"  {name}: only in {where}")
+                echo(f"  {name}: only in {where}")
 
 
 @app.command(cls=Failing)
@@ -300,20 +305,43 @@ def fingerprint(
     tensors: bool = typer.Option(False, "--tensors", help="Also print the digest of every tensor."),
     gptq_zeros: str | None = GPTQ_ZEROS,
     jobs: int | None = JOBS,
+    max_memory: str = MEMORY,
     json: bool = JSON,
 ) -> None:
     """The digest of the weights: the same in every format that holds the same weights."""
     from .verification import fingerprint as function
 
-    found = function(path, jobs=jobs, gptq_zeros=gptq_zeros)
+    found = function(path, jobs=jobs, max_memory=parse_size(max_memory), gptq_zeros=gptq_zeros)
     if json:
         content: dict[str, Any] = {"fingerprint": found.digest, "weights": found.weights, "rest": found.rest}
         print_json({**content, "tensors": {name: digest for name, (_, digest) in sorted(found.tensors.items())}})
         return
-    typer.echo(f"{found.digest}  {path}")
+    echo(f"{found.digest}  {path}")
     if tensors:
         for name, (shape, digest) in sorted(found.tensors.items()):
-            typer.echo(f"{digest}  {name} {list(shape)}")
+            echo(f"{digest}  {name} {list(shape)}")
+
+
+@app.command(cls=Failing)
+def clean(
+    folder: str = typer.Argument(".", help="The folder that destinations lie in."),
+    list_only: bool = typer.Option(False, "--list", help="Only list them."),
+    json: bool = JSON,
+) -> None:
+    """Remove what interrupted conversions left beside their destinations; running ones are left alone."""
+    from dataclasses import asdict
+
+    from .staging import clean as function
+
+    found = function(folder, list_only=list_only)
+    if json:
+        print_json([asdict(item) for item in found])
+        return
+    for item in found:
+        what = "running, left alone" if item.running else "unfinished" if list_only else "removed"
+        echo(f"{item.destination}: {what}, {gigabytes(item.bytes)} in {item.path}")
+    if not found:
+        echo(f"{folder}: nothing unfinished")
 
 
 @app.command(cls=Failing)
@@ -334,7 +362,7 @@ def check(
     else:
         ranks = f" on {tp} ranks" if tp > 1 else ""
         verdict = f"meets all {report.checked} requirements" if report.ok else f"{len(report.unmet)} requirements are not met"
-        typer.echo(f"{report.format} for {report.consumer} {report.version}{ranks}: {verdict}")
+        echo(f"{report.format} for {report.consumer} {report.version}{ranks}: {verdict}")
         rows = []
         for one in report.unmet:
             more = f" and {one.count - 1} more" if one.count > 1 else ""
@@ -361,15 +389,15 @@ def doctor(
     else:
         for ailment in found.ailments:
             mark = "mended" if ailment in found.mended else "can be mended" if ailment.mendable else "not mended"
-            typer.echo(f"{mark}: {ailment}")
+            echo(f"{mark}: {ailment}")
         where = found.destination or path
         if found.healthy:
-            typer.echo(f"{where} is healthy: {found.examined} layers, their configs, headers and index were examined")
+            echo(f"{where} is healthy: {found.examined} layers, their configs, headers and index were examined")
         else:
             certain = sum(ailment.certainty == "certain" for ailment in found.remaining)
-            typer.echo(f"{where} has {certain} ailments for certain and {len(found.remaining) - certain} likely ones")
+            echo(f"{where} has {certain} ailments for certain and {len(found.remaining) - certain} likely ones")
         if not found.examined:
-            typer.echo("note: no layers in GPTQ's or AWQ GEMM's layout were found, so only headers and the index were examined")
+            echo("note: no layers in GPTQ's or AWQ GEMM's layout were found, so only headers and the index were examined")
     if not found.healthy:
         raise SystemExit(1)
 

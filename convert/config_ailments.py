@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from formats.errors import UnreadableError
+from formats.patterns import Budget, Pattern
 
 from .patient import INSIDE, QUANTIZE, Patient
 from .stored import is_irregular, is_symmetric
@@ -19,25 +22,27 @@ def config_name(patient: Patient) -> str:
     return INSIDE if patient.inside is not None or patient.beside is None else QUANTIZE
 
 
-def dynamic_rule(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """GPTQModel's rule for a module: the first pattern that matches, "-:" ones before others; None if no pattern does."""
-    rules = config.get("dynamic")
-    if not isinstance(rules, Mapping):
-        return None
-    for pattern in sorted(rules, key=lambda pattern: not pattern.startswith("-:")):
-        try:
-            matches = re.match(pattern.removeprefix("-:").removeprefix("+:"), name)
-        except re.error:
-            continue
-        if matches:
-            return rules[pattern] if isinstance(rules[pattern], Mapping) else {}
-    return None
+class DynamicRules:
+    """GPTQModel's rules for modules, as far as they can be read: the first pattern that matches, "-:" ones before others."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        rules = config.get("dynamic")
+        self._budget = Budget()
+        self._rules: list[tuple[Pattern, Mapping[str, Any]]] = []
+        for pattern, rule in sorted(rules.items(), key=lambda item: not item[0].startswith("-:")) if isinstance(rules, Mapping) else ():
+            with contextlib.suppress(UnreadableError):
+                read = Pattern(pattern.removeprefix("-:").removeprefix("+:"))
+                self._rules.append((read, rule if isinstance(rule, Mapping) else {}))
+
+    def find(self, name: str) -> Mapping[str, Any] | None:
+        """The rule for a module; None if no pattern matches it."""
+        return next((rule for pattern, rule in self._rules if pattern.matches(name, self._budget)), None)
 
 
-def _truth(patient: Patient) -> Iterator[tuple[str, Any, bool, str]]:
+def _truth(patient: Patient, rules: DynamicRules) -> Iterator[tuple[str, Any, bool, str]]:
     """(key, value that shapes and data give, whether the claim agrees, what speaks for it). None: they give none."""
     claims, spelling = patient.claims, patient.spelling
-    plain = [layer for layer in patient.sound if dynamic_rule(claims, layer.name) is None]
+    plain = [layer for layer in patient.sound if rules.find(layer.name) is None]
     if not plain:
         return
     yield "quant_method", spelling, str(claims.get("quant_method", "")).lower() == spelling, "the tensors' shapes"
@@ -66,8 +71,8 @@ def _truth(patient: Patient) -> Iterator[tuple[str, Any, bool, str]]:
 def configs(patient: Patient) -> None:
     """Keys against shapes, and the two configs against one another."""
     where, claims = config_name(patient), patient.claims
-    right: dict[str, Any] = {}
-    for key, value, agrees, evidence in _truth(patient):
+    rules, right = DynamicRules(claims), dict[str, Any]()
+    for key, value, agrees, evidence in _truth(patient, rules):
         said = key in claims or (patient.spelling == "awq" and OLD_NAMES.get(key) in claims)
         if agrees:
             right[key] = claims.get(key, value)
@@ -85,7 +90,7 @@ def configs(patient: Patient) -> None:
         right |= {"format": right["checkpoint_format"]} if "format" in claims else {}
     elif patient.version_is_certain and ("checkpoint_format" in claims or "checkpoint_format" in (patient.beside or {})):
         right["checkpoint_format"] = claims.get("checkpoint_format", "gptq_v2" if patient.version == "v2" else "gptq")
-    _dynamic(patient)
+    _dynamic(patient, rules)
     base = {key: value for key, value in claims.items() if key not in OLD_NAMES.values()}
     mended = {**base, **right}
     unlike_claims = any(claims.get(key) != value for key, value in right.items())
@@ -124,10 +129,10 @@ def _beside(patient: Patient, mended: dict[str, Any], right: dict[str, Any]) -> 
         patient.cure.beside = {**beside, **right}
 
 
-def _dynamic(patient: Patient) -> None:
+def _dynamic(patient: Patient, rules: DynamicRules) -> None:
     """Layers under a rule of their own: the rule against their shapes."""
     for layer in patient.sound:
-        rule = dynamic_rule(patient.claims, layer.name)
+        rule = rules.find(layer.name)
         if rule is None:
             continue
         bits, size = rule.get("bits", patient.claims.get("bits")), rule.get("group_size", patient.claims.get("group_size"))

@@ -1,59 +1,40 @@
 """Run a plan: lay the files out in a staging folder, fill them in tiles, prove every tensor, make it durable, rename.
 
-Tiles are rectangles [out, in] of one layer; each is unpacked from the source, moved and packed into a buffer of its own, and
-written to its place with ``pwrite``. Tiles do not depend on one another, so the bytes are the same for any number of workers.
-A tensor is proved as soon as its tiles are there: it is read back through the *target's own reader* from the staged file,
-compared with the source code by code, and digested.
+Tiles are rectangles [out, in] of one layer that do not depend on one another, so the bytes are the same for any number of workers.
+A tile is gone through once, in strips that stay in cache: read, unpacked, packed, and for the proof unpacked again from the words,
+compared, and both sides digested. Then its words are written, and read back to see that the file holds them. That the target's own
+reader finds those words where they were written, and takes them for what they were packed as, is checked of every layer.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
+from formats import Checkpoint
+from formats.errors import NotSameError, UnreadableError
+from formats.layouts import expect_work
+from formats.safetensors_file import DEFAULT_SHARD_BYTES
+from formats.workspace import Workspace
 
-from formats import Checkpoint, Location
-from formats.errors import NotSameError, RefusedError, UnreadableError
-from formats.ir import Array, QuantizedLinear
-from formats.layouts import PackLayout, expect_work
-from formats.safetensors_file import DEFAULT_SHARD_BYTES, DTYPES, TensorInfo
-from formats.scaled_zeros import scale_zeros
-from formats.spec import TensorSpec
-
-from . import moves
-from .certificate import write_certificate
+from .certificate import version, write_certificate
 from .folder import write_sidecars
+from .journal import Key, TileRecord
+from .memory import DEFAULT_MEMORY
 from .planning import plan
-from .probe import to_float32
-from .proof import (
-    BAND_ROWS,
-    LEAF_COLS,
-    Band,
-    Comparison,
-    Fingerprint,
-    Matrix,
-    bands,
-    compare_band,
-    is_zero_bias,
-    join,
-    layer_matrices,
-    plain_matrix,
-    read_codes,
-)
-from .records import LayerPlan, Loss, Plan
-from .staging import Output, staging, write_all
-
-TILE_ROWS = 16384
-TILE_COLS = 512
-COPY_BYTES = 8 << 20
+from .proof import Comparison, Fingerprint, Found, Matrix, compare_tile, is_zero_bias, join
+from .records import Loss, Plan
+from .staged import open_staged
+from .staging import Output, Places, Staging, Syncer, staging
+from .tiling import tiles_of
+from .writing import LayerWriter, PlainWriter, Writer
 
 Kind = Literal["layer", "plain"]
 Progress = Callable[[int], None]
@@ -65,6 +46,7 @@ class Result:
 
     plan: Plan
     destination: Path
+    resumed: bool
     source_fingerprint: Fingerprint | None
     target_fingerprint: Fingerprint | None
     rounded: list[Comparison]
@@ -95,16 +77,9 @@ class Result:
             "bound": max((comparison.bound for comparison in self.rounded), default=0.0),
             "fingerprint_source": None if source is None else source.digest,
             "fingerprint_target": None if target is None else target.digest,
+            "resumed": self.resumed,
             "missing": self.missing,
         }
-
-
-def peak_memory(plan: Plan) -> int:
-    """Bound of anonymous memory in bytes over the interpreter's: tiles in flight, small tensors of a layer, headers."""
-    widest = max((min(layer.target.shape[0], TILE_ROWS) for layer in plan.layers), default=0)
-    small = max((min(layer.target.shape[0], TILE_ROWS) * layer.target.groups for layer in plan.layers), default=0)
-    headers = sum(len(file.header) for file in plan.files)
-    return plan.jobs * (max(widest * TILE_COLS * 2, 10 * BAND_ROWS * LEAF_COLS) + small * 16) + 12 * headers
 
 
 def convert(
@@ -119,6 +94,7 @@ def convert(
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     jobs: int | None = None,
+    max_memory: int = DEFAULT_MEMORY,
     proof: bool = True,
     progress: Progress | None = None,
     description: str | os.PathLike[str] | None = None,
@@ -128,12 +104,13 @@ def convert(
     """Convert checkpoint ``src`` into folder ``dst`` of format ``to``, and prove it.
 
     Options are those of ``plan``; beyond them: overwrite replaces an existing folder once the new one is whole; proof reads
-    everything back and compares it; progress is called with bytes of source done.
+    everything back and compares it; progress is called with bytes of source done. A conversion that was interrupted is
+    finished by the same call.
     raises  RefusedError, UnreadableError, UsageError, DestinationError, NotSameError; nothing visible is left at ``dst``
     """
     decided = plan(
-        src, to, base_model=base_model, allow=allow, strict=strict, scale_dtype=scale_dtype,
-        max_shard_size=max_shard_size, jobs=jobs, description=description, serve_dtype=serve_dtype, gptq_zeros=gptq_zeros,
+        src, to, base_model=base_model, allow=allow, strict=strict, scale_dtype=scale_dtype, max_shard_size=max_shard_size,
+        jobs=jobs, max_memory=max_memory, description=description, serve_dtype=serve_dtype, gptq_zeros=gptq_zeros,
     )  # fmt: skip
     decided.raise_if_refused()
     return run(decided, dst, overwrite=overwrite, proof=proof, progress=progress)
@@ -151,210 +128,188 @@ def run(
     plan.raise_if_refused()
     expect_work(plan.codes)
     sources = [plan.checkpoint.location.folder] + ([] if plan.base is None else [plan.base.folder])
-    with staging(Path(dst), plan.target_bytes, sources, overwrite) as folder, ThreadPoolExecutor(plan.jobs) as pool:
-        missing = write_sidecars(plan, folder)
-        with contextlib.ExitStack() as outputs:
-            engine = _Engine(plan, folder, pool, outputs, progress or (lambda done: None))
+    with staging(Path(dst), plan.target_bytes, sources, overwrite) as stage:
+        resumed = stage.begin(_what(plan, proof), {file.name: file.size for file in plan.files})
+        with ThreadPoolExecutor(plan.memory.jobs) as pool:
+            engine = _Engine(plan, stage, pool, proof, progress or (lambda done: None))
             try:
-                engine.write_and_prove(proof)
-            except BaseException:
+                engine.write_and_prove()
+            finally:
                 pool.shutdown(wait=True, cancel_futures=True)
-                raise
         changed = plan.checkpoint.changed_file()
         if changed is not None:
             raise UnreadableError(f"{changed}: changed while it was being converted; run the conversion again")
         left, right = (engine.left, engine.right) if proof else (None, None)
-        result = Result(plan, Path(dst), left, right, engine.rounded, missing)
-        write_certificate(result, folder)
+        result = Result(plan, Path(dst), resumed, left, right, engine.rounded, [])
+        for output in engine.outputs:
+            output.finish()
+        result.missing.extend(write_sidecars(plan, stage.model))
+        write_certificate(result, stage.model)
         if plan.spec.owner_writes_only:
-            for path in folder.iterdir():
+            for path in stage.model.iterdir():
                 path.chmod(path.stat().st_mode & ~0o022)
     return result
 
 
-class _Engine:
-    """Writes and proves every tensor of a plan, a few layers in flight at a time."""
+def _what(plan: Plan, proof: bool) -> dict[str, Any]:
+    """What a run does, for the journal: a run that does the same can go on with it."""
+    return {
+        "version": version(),
+        "plan": plan.id,
+        "source": plan.source_name,
+        "target": plan.target_name,
+        "options": {**plan.options, "proof": proof},
+        "files": [asdict(file) for file in plan.checkpoint.files],
+    }
 
-    def __init__(self, plan: Plan, folder: Path, pool: ThreadPoolExecutor, outputs: contextlib.ExitStack, progress: Progress) -> None:
-        self.plan, self.folder, self.pool, self.progress = plan, folder, pool, progress
+
+@dataclass
+class _Entry:
+    """One layer or plain tensor on its way: what was asked of the workers, and what they answered."""
+
+    number: int
+    kind: Kind
+    name: str
+    writer: Writer
+    small: list[Future[None]]
+    tiles: list[tuple[Key, slice, slice, Future[TileRecord] | TileRecord]] = field(default_factory=list)
+
+
+class _Engine:
+    """Writes and proves every tensor of a plan, a few entries in flight at a time."""
+
+    def __init__(self, plan: Plan, stage: Staging, pool: ThreadPoolExecutor, proof: bool, progress: Progress) -> None:
+        self.plan, self.stage, self.pool, self.progress = plan, stage, pool, progress
         self.left, self.right = Fingerprint(), Fingerprint()
         self.rounded: list[Comparison] = []
-        opened = [(outputs.enter_context(Output(folder, file)), file) for file in plan.files]
-        self.places = {name: (output, info) for output, file in opened for name, info in file.tensors.items()}
+        self.outputs = [Output(stage.model, file) for file in plan.files]
+        for output in self.outputs:
+            output.make()
         self.layers = {layer.target.name: layer for layer in plan.layers}
+        self.target: Checkpoint | None = open_staged(plan, stage.model) if proof else None
+        self.places = Places(self.outputs, None if self.target is None else self.target.tensors)
+        self.syncer = Syncer(self.outputs, stage.journal)
+        self._local = threading.local()
 
-    def write_and_prove(self, proof: bool) -> None:
-        """Three stages in order, each a few entries behind the one before: write tiles, compare bands, fold and give back."""
-        target = self.plan.spec.open(Location.of(self.folder), self.plan.variant.name) if proof else None
-        depth = 2 * self.plan.jobs
-        writing: deque[tuple[Kind, str, list[Future[None]]]] = deque()
-        proving: deque[tuple[Kind, str, list[tuple[Matrix, Matrix, list[Future[Band]]]]]] = deque()
+    def works(self) -> tuple[Workspace, Workspace]:
+        """This worker's memory for either side."""
+        if not hasattr(self._local, "works"):
+            self._local.works = Workspace(), Workspace()
+        works: tuple[Workspace, Workspace] = self._local.works
+        return works
 
-        def written() -> None:
-            kind, name, tasks = writing.popleft()
-            for task in tasks:
+    def write_and_prove(self) -> None:
+        """Three stages, each a few entries behind the one before: small tensors, tiles, verdicts."""
+        depth = 2 * self.plan.memory.jobs
+        begun: deque[_Entry] = deque()
+        tiled: deque[_Entry] = deque()
+
+        def advance() -> None:
+            entry = begun.popleft()
+            for task in entry.small:
                 task.result()
-            pairs = [] if target is None else self._pairs(target, kind, name)
-            proving.append((kind, name, [(a, b, [self.pool.submit(compare_band, a, b, rows) for rows in bands(a)]) for a, b in pairs]))
-            if len(proving) > depth:
-                proved()
+            entry.tiles = list(self._tiles(entry))
+            tiled.append(entry)
+            if len(tiled) > depth:
+                self._finish(tiled.popleft())
 
-        def proved() -> None:
-            kind, name, pairs = proving.popleft()
-            for a, b, found in pairs:
-                self._accept(a, b, join(a, b, [band.result() for band in found]))
-            self._give_back(target, kind, name, [b for _, b, _ in pairs])
+        try:
+            for number, (kind, name) in enumerate(self.plan.checkpoint.entries):
+                verdicts = self.stage.journal.done.entries.get(number)
+                if verdicts is not None:
+                    self._take(kind, name, [Comparison(*verdict) for verdict in verdicts])
+                    continue
+                writer = self._writer(kind, name)
+                small = [self.pool.submit(partial(task, self.works)) for task in writer.small()]
+                begun.append(_Entry(number, kind, name, writer, small))
+                if len(begun) > depth:
+                    advance()
+            while begun:
+                advance()
+            while tiled:
+                self._finish(tiled.popleft())
+        finally:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+            self.syncer.close()
 
-        for kind, name in self.plan.checkpoint.entries:
-            tasks = self._layer_tasks(name) if kind == "layer" else self._plain_tasks(name)
-            writing.append((kind, name, [self.pool.submit(task) for task in tasks]))
-            if len(writing) > depth:
-                written()
-        while writing:
-            written()
-        while proving:
-            proved()
-
-    def _pairs(self, target: Checkpoint, kind: Kind, name: str) -> list[tuple[Matrix, Matrix]]:
-        """The tensors of one entry beside what the target's reader makes of the staged file."""
+    def _writer(self, kind: Kind, name: str) -> Writer:
         if kind == "plain":
-            return [(plain_matrix(self.plan.checkpoint, name), plain_matrix(target, name))]
-        ours = layer_matrices(self.plan.checkpoint, name)
-        quantized = not self.plan.holds.dequantized
-        theirs = layer_matrices(target, name) if quantized else [plain_matrix(target, matrix.name) for matrix in ours]
-        if len(ours) != len(theirs):  # a bias of zeros counts as none
+            return PlainWriter(self.plan, self.target, name, self.places[name])
+        return LayerWriter(self.plan, self.target, self.layers[name], self.places)
+
+    def _tiles(self, entry: _Entry) -> Iterator[tuple[Key, slice, slice, Future[TileRecord] | TileRecord]]:
+        """The entry's tiles: those that are done already, and tasks for the others."""
+        entry.writer.look_again()
+        for rows, cols in entry.writer.tiles(self.plan.memory.tile):
+            key = (entry.number, 0, rows.start, rows.stop, cols.start, cols.stop)
+            done = self.stage.journal.done.tiles.get(key)
+            yield key, rows, cols, done or self.pool.submit(self._tile, entry, key, rows, cols)
+
+    def _tile(self, entry: _Entry, key: Key, rows: slice, cols: slice) -> TileRecord:
+        found, written = entry.writer.write(rows, cols, self.works())
+        if found is not None:
+            _insist(entry.writer.matrices[0].name, found)
+        record = TileRecord() if found is None else TileRecord(found.left, found.right, found.scales == "rounded", found.bound)
+        self.stage.journal.tile(key, record)
+        self.syncer.wrote(written)
+        return record
+
+    def _finish(self, entry: _Entry) -> None:
+        """Wait for an entry's tiles, and give its verdicts."""
+        records = [(rows, cols, tile if isinstance(tile, TileRecord) else tile.result()) for _, rows, cols, tile in entry.tiles]
+        verdicts = []
+        if self.target is not None:
+            found = [
+                (rows, cols, Found(r.left, r.right, scales="rounded" if r.rounded else "equal", bound=r.bound)) for rows, cols, r in records
+            ]
+            ours, theirs = entry.writer.matrices[0], entry.writer.read_back()[0]
+            verdicts.append(join(ours, theirs, found))
+            verdicts += [self._compare(a, b) for a, b in self._others(entry)]
+        self.stage.journal.entry(entry.number, [list(asdict(verdict).values()) for verdict in verdicts])
+        self._take(entry.kind, entry.name, verdicts)
+
+    def _others(self, entry: _Entry) -> list[tuple[Matrix, Matrix]]:
+        """The entry's tensors beyond the first, beside what was written; a bias of zeros counts as none."""
+        ours, theirs = entry.writer.matrices[1:], entry.writer.read_back()[1:]
+        if len(ours) != len(theirs):
             ours, theirs = ([matrix for matrix in side if not is_zero_bias(matrix)] for side in (ours, theirs))
         if len(ours) != len(theirs):
-            raise NotSameError(
-                f"{name}: {len(ours)} tensors were read and {len(theirs)} written; this is a fault in Weighbridge: please report it"
-            )
+            fault = "this is a fault in Weighbridge: please report it"
+            raise NotSameError(f"{entry.name}: {len(ours)} tensors were read and {len(theirs)} written; {fault}")
         return list(zip(ours, theirs, strict=True))
 
-    def _accept(self, ours: Matrix, theirs: Matrix, comparison: Comparison) -> None:
-        if not comparison.same or ours.shape != theirs.shape:
-            found = comparison.detail or "the shapes differ"
-            raise NotSameError(
-                f"{comparison.name}: what was written is not what was read ({found}); this is a fault in Weighbridge or in this machine: "
-                "nothing was kept, please report it"
-            )
-        if comparison.scales == "rounded":
-            self.rounded.append(comparison)
-        self.left.add(ours.name, ours.shape, comparison.left)
-        self.right.add(theirs.name, theirs.shape, comparison.right)
+    def _compare(self, ours: Matrix, theirs: Matrix) -> Comparison:
+        """Compare a small tensor whole."""
+        if ours.shape != theirs.shape:
+            _insist(ours.name, Found(b"", b"", "different", detail="the shapes differ"))
+        works = Workspace(), Workspace()
+        cuts = tiles_of((ours, theirs), self.plan.memory.tile)
+        return join(ours, theirs, [(rows, cols, compare_tile(ours, theirs, rows, cols, works)) for rows, cols in cuts])
 
-    def _give_back(self, target: Checkpoint | None, kind: Kind, name: str, theirs: list[Matrix]) -> None:
+    def _take(self, kind: Kind, name: str, verdicts: list[Comparison]) -> None:
+        """Take an entry's verdicts into the result."""
         checkpoint = self.plan.checkpoint
+        for verdict in verdicts:
+            _insist(verdict.name, Found(b"", b"", verdict.codes, verdict.zero_points, verdict.scales, verdict.bound, verdict.detail))
+            if verdict.scales == "rounded":
+                self.rounded.append(verdict)
+            shape = self._shape(kind, name, verdict.name)
+            self.left.add(verdict.name, shape, verdict.left)
+            self.right.add(verdict.name, shape, verdict.left if verdict.left == verdict.right else verdict.right)
         names = checkpoint.layer_tensors(name) if kind == "layer" else (name,)
-        checkpoint.release(names)
-        if target is not None:
-            for matrix in theirs:
-                target.release(matrix.stored)
         self.progress(sum(checkpoint.tensors[tensor].nbytes for tensor in names))
 
-    def _plain_tasks(self, name: str) -> Iterator[Callable[[], None]]:
-        """Copy a tensor's bytes, verbatim."""
-        output, info = self.places[name]
-        data = self.plan.checkpoint.plain(name).data.reshape(-1).view(np.uint8)
-        for start in range(0, info.nbytes, COPY_BYTES):
-            chunk = data[start : start + COPY_BYTES]
-            yield partial(write_all, output.fd, chunk, info.begin + start)
-
-    def _layer_tasks(self, name: str) -> Iterator[Callable[[], None]]:
-        """Tiles of codes (or of weights), and the small tensors, of one layer."""
-        plan, layer = self.layers[name], self.plan.checkpoint.layer(name)
-        out, in_ = layer.shape
-        for spec in self.plan.outputs(plan.target):
-            output, info = self.places[spec.name]
-            row_bands = [slice(start, min(start + TILE_ROWS, out)) for start in range(0, out, TILE_ROWS)]
-            if spec.part in {"codes", "weight"}:
-                # Whole rows of what is stored by row, so that a tile is one write; else columns, which are its rows.
-                by_row = spec.layout is None or (isinstance(spec.layout, PackLayout) and not spec.layout.transposed)
-                height = max(64, TILE_ROWS * TILE_COLS // in_ // 64 * 64) if by_row else TILE_ROWS
-                width = in_ if by_row else TILE_COLS
-                for top in range(0, out, height):
-                    for start in range(0, in_, width):
-                        tile = slice(top, min(top + height, out)), slice(start, min(start + width, in_))
-                        yield partial(_write_tile, layer, spec, output, info, *tile)
-            elif spec.part in {"scales", "zero_points", "scaled_zeros"}:
-                for rows in row_bands:
-                    yield partial(_write_grid, layer, plan.repeat, self._smallest_zero(plan), spec, output, info, rows)
-            else:
-                yield partial(_write_vector, layer, plan, spec, output, info)
-
-    def _smallest_zero(self, layer: LayerPlan) -> int:
-        """In the signed domain."""
-        assert self.plan.variant.holds is not None
-        return self.plan.variant.holds.smallest_zero - (1 << (layer.target.scheme.weights.bits - 1))
+    def _shape(self, kind: Kind, name: str, tensor: str) -> tuple[int, ...]:
+        if kind == "plain":
+            return self.plan.checkpoint.tensors[name].shape
+        out, in_ = self.layers[name].target.shape
+        return (out,) if tensor.endswith(".bias") else (out, in_)
 
 
-def _write_tile(layer: QuantizedLinear, spec: TensorSpec, output: Output, info: TensorInfo, rows: slice, cols: slice) -> None:
-    """One rectangle of a layer's codes, repacked, or of its dequantized weights."""
-    if spec.part == "weight":
-        with np.errstate(over="ignore"):
-            weights = Matrix(layer.name, layer.shape, layer, None, ()).band(rows).read(cols).astype(DTYPES[spec.dtype])
-        if not np.isfinite(weights.astype(np.float32)).all():
-            raise RefusedError(f"{layer.name}: a weight does not fit {spec.dtype}; use --scale-dtype bfloat16 or float32")
-        output.write(info, weights, rows.start, cols.start)
-        return
-    assert spec.layout is not None
-    packed = spec.layout.pack(read_codes(layer, rows, cols))
-    output.write(info, packed, *spec.layout.corner(rows.start, cols.start))
-
-
-def _write_grid(
-    layer: QuantizedLinear, repeat: int, smallest_zero: int, spec: TensorSpec, output: Output, info: TensorInfo, rows: slice
-) -> None:
-    """Scales or zero points of some output rows, repeated, cast and packed as the target stores them."""
-    zeros: Array | None = None
-    if spec.part != "scales":
-        grid = moves.spell_zero_point(layer.groups)[rows] if layer.zero_points is None else layer.grid("zero_points", rows)
-        if grid.size and int(grid.min()) < smallest_zero:
-            raise UnreadableError(
-                f"{layer.name}: a zero point is {int(grid.min())}, which the plan did not find; the source changed: run again"
-            )
-        zeros = moves.repeat_groups(grid, repeat)
-    if zeros is not None and spec.part == "zero_points":
-        if spec.layout is None:
-            output.write(info, zeros.astype(DTYPES[spec.dtype]), rows.start, 0)
-            return
-        packed = spec.layout.pack(_padded(zeros, spec.columns, -spec.layout.offset))
-        output.write(info, packed, *spec.layout.corner(rows.start, 0))
-        return
-    scales = cast(moves.repeat_groups(layer.grid("scales", rows), repeat), DTYPES[spec.dtype])
-    if not np.isfinite(scales.astype(np.float32)).all():
-        raise UnreadableError(
-            f"{layer.name}: a scale does not fit {spec.dtype}, which the plan did not find; the source changed: run again"
+def _insist(name: str, found: Found) -> None:
+    """NotSameError if what was written is not what was read."""
+    if "different" in (found.codes, found.zero_points, found.scales):
+        raise NotSameError(
+            f"{name}: what was written is not what was read ({found.detail or 'the bytes differ'}); this is a fault in Weighbridge or in "
+            "this machine: nothing was kept, please report it"
         )
-    if zeros is not None:
-        scales = scale_zeros(layer.name, scales, zeros, layer.scheme.weights.bits)
-    if spec.order:
-        scales = scales.reshape(-1, len(spec.order), scales.shape[1])[:, list(spec.order)].reshape(scales.shape)
-    scales = _padded(scales, spec.columns, 0)
-    output.write(info, scales.T if spec.transposed else scales, *((0, rows.start) if spec.transposed else (rows.start, 0)))
-
-
-def _padded(grid: Array, columns: int, value: int) -> Array:
-    """``grid`` [rows, groups] with columns of ``value`` after its own, up to ``columns`` of them."""
-    if columns <= grid.shape[1]:
-        return grid
-    padded = np.full((grid.shape[0], columns), value, dtype=grid.dtype)
-    padded[:, : grid.shape[1]] = grid
-    return padded
-
-
-def _write_vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec, output: Output, info: TensorInfo) -> None:
-    """g_idx or bias."""
-    if spec.part == "g_idx":
-        data = moves.spell_g_idx(layer.shape[1], plan.target.group_size) if layer.g_idx is None else layer.g_idx
-    else:
-        assert layer.bias is not None
-        data = cast(layer.bias, DTYPES[spec.dtype])
-    output.write(info, data.reshape(1, -1), 0, 0)
-
-
-def cast(values: Array, dtype: np.dtype[Any]) -> Array:
-    """``values`` in ``dtype``, by way of float32 (exact for half precision), so rounded once; unchanged if it is theirs already."""
-    if values.dtype == dtype:
-        return values
-    with np.errstate(over="ignore"):
-        return to_float32(values).astype(dtype)

@@ -11,12 +11,13 @@ import fnmatch
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from formats.checkpoint import Location
 from formats.errors import UnreadableError
-from formats.safetensors_file import MAX_HEADER_BYTES, index_json
+from formats.safetensors_file import MAX_HEADER_BYTES, index_pieces
 
 from .records import Plan, model_config
 
@@ -40,15 +41,34 @@ def configs(plan: Plan) -> dict[str, dict[str, Any]]:
     return {"config.json": _with_quantization(config, quantization, plan.model.model_dtype), **kept}
 
 
+def check_carried(location: Location, patterns: Sequence[str] = ("config.json", *CARRIED)) -> None:
+    """UnreadableError if a file that would be carried is a link out of the folder (its secret would end up in the copy), or huge.
+
+    A hub cache is made of links from snapshots/REVISION to blobs: those are followed.
+    """
+    folder = location.folder.resolve()
+    inside = [folder] + ([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])
+    for name in location.names:
+        path = location.folder / name
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) or not path.is_file():
+            continue
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in inside):
+            raise UnreadableError(f"{name}: is a link to a file outside the folder, which is not copied; put the file itself there")
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise UnreadableError(f"{name}: {path.stat().st_size} bytes is more than a tokenizer or config can need; remove it")
+
+
 def write_sidecars(plan: Plan, folder: Path) -> list[str]:
     """Write every file beside the weights into ``folder``; returns what is missing for a folder that loads, in words."""
     base = plan.base or plan.checkpoint.location
+    check_carried(base)
     written = configs(plan)
     missing = []
     for name, content in written.items():
         _write_json(folder / name, content)
     if len(plan.files) > 1:
-        (folder / f"{plan.stem}.safetensors.index.json").write_text(index_json(plan.files), encoding="utf-8")
+        with (folder / f"{plan.stem}.safetensors.index.json").open("w", encoding="utf-8") as file:
+            file.writelines(index_pieces(plan.files))
     carried = _carry(base, folder)
     if "config.json" not in written:
         missing.append(
@@ -67,8 +87,6 @@ def _carry(base: Location, folder: Path) -> list[str]:
         source = base.folder / name
         if not source.is_file():
             continue
-        if source.stat().st_size > MAX_HEADER_BYTES:
-            raise UnreadableError(f"{name}: {source.stat().st_size} bytes is more than a tokenizer or config can need; remove it")
         shutil.copyfile(source, folder / name)
     return names
 

@@ -64,8 +64,11 @@ def inspect(path: str | os.PathLike[str] | Checkpoint, *, gptq_zeros: str | None
         size = sum(tensors[tensor].nbytes for tensor in checkpoint.layer_tensors(name))
         rows[scheme].append((name, layer.shape[0] * layer.shape[1], size))
         layers[name] = scheme
+    of_module: dict[str, list[str]] = defaultdict(list)
+    for tensor in tensors if checkpoint.unsupported else ():
+        of_module[tensor.rpartition(".")[0]].append(tensor)
     for part in checkpoint.unsupported:
-        stored = [tensors[tensor] for tensor in tensors if tensor.rpartition(".")[0] == part.name]
+        stored = [tensors[tensor] for tensor in of_module[part.name]]
         weights = max((math.prod(info.shape) for info in stored), default=0)
         rows[f"{part.type} (not read yet)"].append((part.name, weights, sum(info.nbytes for info in stored)))
         layers[part.name] = part.type

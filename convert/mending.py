@@ -10,7 +10,7 @@ import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,12 @@ import numpy as np
 
 from formats.checkpoint import Location
 from formats.errors import RefusedError, UnreadableError, WeighbridgeError
-from formats.ir import Array
+from formats.ir import Array, ArrayLike
 from formats.safetensors_file import DTYPES, NAMES, TensorInfo, nbytes
+from formats.stored_tensor import raw_chunks
 
 from .ailments import examine
+from .folder import check_carried
 from .patient import INSIDE, QUANTIZE, Ailment, Cure, Patient
 from .staging import MODEL_FILES, staging, write_all
 
@@ -73,9 +75,10 @@ def doctor(path: str | os.PathLike[str], fix: str | os.PathLike[str] | None = No
         raise RefusedError(f"{location.folder.name}: {what}; no folder was written")
     added = sum(array.nbytes for array in patient.cure.tensors.values())
     size = sum(file.identity.size for file in patient.tensors.files) + added
-    with staging(Path(fix), size, [location.folder], overwrite) as folder:
-        _write(patient, folder)
-        after = examine(Location.of(folder))
+    with staging(Path(fix), size, [location.folder], overwrite) as stage:
+        stage.begin({"doctor": str(location.folder)})
+        _write(patient, stage.model)
+        after = examine(Location.of(stage.model))
         _confirm(patient, after)
     return Diagnosis(found, len(patient.layers), [item for item in found if item.mendable], after.ailments, str(fix))
 
@@ -85,6 +88,7 @@ def _write(patient: Patient, folder: Path) -> None:
     cure, source = patient.cure, patient.location
     files = patient.tensors.files
     weights = {file.path.name for file in files}
+    check_carried(source, [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"])
     for name in source.names:
         carried = any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES) and not name.endswith(".safetensors")
         stale = name in _STALE or name.endswith(".safetensors.index.json")
@@ -132,16 +136,12 @@ def _write_weights(file: StoredFile, folder: Path, added: Mapping[str, Array]) -
     with (folder / file.path.name).open("xb") as out:
         write_all(out.fileno(), len(text).to_bytes(8, "little") + text, 0)
         for name in order:
-            array = added[name] if name in added else file.array(name)
-            _copy(out.fileno(), array, 8 + len(text) + begins[name])
-            if name not in added:
-                file.release(name)
+            _copy(out.fileno(), added[name] if name in added else file.tensor(name), 8 + len(text) + begins[name])
 
 
-def _copy(fd: int, array: Array, offset: int) -> None:
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    for start in range(0, data.size, _CHUNK):
-        write_all(fd, data[start : start + _CHUNK], offset + start)
+def _copy(fd: int, array: ArrayLike, offset: int) -> None:
+    for start, data in raw_chunks(array, _CHUNK):
+        write_all(fd, data, offset + start)
 
 
 def _write_index(patient: Patient, folder: Path) -> None:
@@ -159,15 +159,12 @@ def _write_index(patient: Patient, folder: Path) -> None:
 
 def _confirm(before: Patient, after: Patient) -> None:
     """The new folder has every old tensor byte for byte, the added ones, and none of the ailments that were mended."""
-    wanted = {**{name: before.tensors.array(name) for name in before.tensors}, **before.cure.tensors}
+    wanted: dict[str, ArrayLike] = {**{name: before.tensors.tensor(name) for name in before.tensors}, **before.cure.tensors}
     if set(wanted) != set(after.tensors):
         raise WeighbridgeError(f"{before.location.folder.name}: the mended folder lists other tensors; nothing was written")
     for name, array in wanted.items():
-        if not _same(before.tensors.get(name), array, after.tensors[name], after.tensors.array(name)):
+        if not _same(before.tensors.get(name), array, after.tensors[name], after.tensors.tensor(name)):
             raise WeighbridgeError(f"{name}: is not what it was in the mended folder; nothing was written")
-        after.tensors.release(name)
-        if name in before.tensors:
-            before.tensors.release(name)
     left = [ailment for ailment in after.ailments if ailment.mendable]
     if left:
         raise WeighbridgeError(f"{before.location.folder.name}: is still ill when mended ({left[0]}); nothing was written")
@@ -175,16 +172,8 @@ def _confirm(before: Patient, after: Patient) -> None:
         raise UnreadableError(f"{changed}: changed while it was copied; run it again when nothing writes to it")
 
 
-def _same(was: TensorInfo | None, wanted: Array, info: TensorInfo, found: Array) -> bool:
+def _same(was: TensorInfo | None, wanted: ArrayLike, info: TensorInfo, found: ArrayLike) -> bool:
     if info.dtype != (NAMES[wanted.dtype] if was is None else was.dtype) or info.shape != (wanted.shape if was is None else was.shape):
         return False
-    return all(_equal(left, right) for left, right in zip(_chunks(wanted), _chunks(found), strict=True))
-
-
-def _equal(left: Array, right: Array) -> bool:
-    return bool(np.array_equal(left, right))
-
-
-def _chunks(array: Array) -> Sequence[Array]:
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return [data[start : start + _CHUNK] for start in range(0, data.size, _CHUNK)]
+    pairs = zip(raw_chunks(wanted, _CHUNK), raw_chunks(found, _CHUNK), strict=True)
+    return all(np.array_equal(left, right) for (_, left), (_, right) in pairs)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,12 +23,15 @@ from formats import Checkpoint, find_format, open_checkpoint
 from formats.checkpoint import Location, float_linears, modules_in_every_block, zeros_reading
 from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.ir import QuantArgs, QuantizedLinear, QuantScheme, Strategy, read
+from formats.layouts import expect_work
 from formats.safetensors_file import DEFAULT_SHARD_BYTES, DTYPES, NAMES, OutputFile, lay_out
 from formats.spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, Variant
 
+from .memory import DEFAULT_MEMORY, header_bytes, share
 from .probe import Cast, Facts, check_codes, measure_cast, zero_range
 from .records import LOSSES, LayerPlan, Loss, Plan, Refusal, model_config
 
+T = TypeVar("T")
 SCALE_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 TORCH_NAMES = {name: torch for torch, name in SCALE_DTYPES.items()}
 
@@ -45,6 +49,7 @@ def plan(
     scale_dtype: str | None = None,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     jobs: int | None = None,
+    max_memory: int = DEFAULT_MEMORY,
     probe: bool = True,
     description: str | os.PathLike[str] | None = None,
     serve_dtype: str | None = None,
@@ -60,6 +65,7 @@ def plan(
     serve_dtype    msmodelslim only: "float16" or "bfloat16", in which the NPU will compute: the dtype of per-channel scales
     gptq_zeros     "mask", "plain" or "carry": how the top lane of GPTQ v1 zero points is read; None: as the file's writer meant it
     max_shard_size bytes of tensor data per output file; jobs: worker threads (None: the CPUs that may be used)
+    max_memory     bytes of anonymous memory that the conversion may use over the bare interpreter; fewer workers run if it is little
     raises         UsageError, UnreadableError; refusals are in the plan, not raised
     """
     spec, variant, named = find_format(to)
@@ -82,7 +88,16 @@ def plan(
     with _no_cyclic_collection():
         checkpoint = open_checkpoint(Location.of(src, description, base, zeros_reading(gptq_zeros)))
         planner = Planner(
-            checkpoint, spec, variant, named, tuple(allow), strict, scale_dtype, jobs or available_cpus(), serve_dtype=serve_dtype
+            checkpoint,
+            spec,
+            variant,
+            named,
+            tuple(allow),
+            strict,
+            scale_dtype,
+            jobs or available_cpus(),
+            serve_dtype=serve_dtype,
+            max_memory=max_memory,
         )
         return planner.plan(base, max_shard_size, probe)
 
@@ -133,6 +148,7 @@ class Planner:
         bits: int | None = None,
         hints: Mapping[str, str] = MappingProxyType({}),
         serve_dtype: str | None = None,
+        max_memory: int = DEFAULT_MEMORY,
     ) -> None:
         assert variant.holds is not None
         self.checkpoint, self.spec, self.variant, self.named = checkpoint, spec, variant, named
@@ -140,9 +156,10 @@ class Planner:
         self.allow, self.strict, self.scale_dtype, self.jobs = allow, strict, scale_dtype, jobs
         self.refusals: list[Refusal] = []
         self.notes: list[str] = []
+        self._shared: dict[Any, Any] = {}
         self.errors: dict[str, list[tuple[float, str]]] = defaultdict(list)
         self.dense = self.holds.dequantized
-        self.bits, self.hints, self.serve_dtype = bits, hints, serve_dtype
+        self.bits, self.hints, self.serve_dtype, self.max_memory = bits, hints, serve_dtype, max_memory
         self.weight_dtype = self._weight_dtype() if self.dense else ""
 
     def plan(self, base: Location | None, max_shard_size: int, probe: bool) -> Plan:
@@ -153,6 +170,7 @@ class Planner:
         del headers
         self._check_fused(layers)
         self._check_left_out(probe)
+        expect_work(sum(layer.target.shape[0] * layer.target.shape[1] for layer in layers))
         facts = self._probe(layers) if probe else {}  # refused or not: an unreadable source is said first
         layers = [self._apply(layer, facts[layer.target.name]) if facts else layer for layer in layers]
         self._choose_variant(facts)
@@ -172,9 +190,11 @@ class Planner:
             "serve_dtype": self.serve_dtype or "default",
             "max_shard_size": max_shard_size,
         }
+        outputs = sum(len(file.tensors) for file in files)
+        memory = share(self.max_memory, self.jobs, header_bytes(self.checkpoint.tensors, len(layers), outputs))
         return Plan(
             self.checkpoint, self.spec, self.variant, layers, plain, files, losses, self.refusals, self.notes,
-            model, base, self.allow, bool(probe), self.jobs, options,
+            model, base, self.allow, bool(probe), memory, options,
         )  # fmt: skip
 
     def _refuse(self, code: str, layer: str, needs: str, offers: str, hint: str) -> None:
@@ -244,8 +264,13 @@ class Planner:
         moves, target_args, repeat = self._regroup(header, group_size)
         bias_dtype = None if header.bias_dtype is None else self._bias_dtype(header.bias_dtype)
         scale_dtype = self._scale_dtype(header.scale_dtype, target_args.strategy == "channel")
-        target = LayerTarget(name, header.shape, QuantScheme(target_args), scale_dtype, bias_dtype)
-        return LayerPlan(target, header.scheme, moves, repeat)
+        target = LayerTarget(name, self._one(header.shape), self._one(QuantScheme(target_args)), scale_dtype, bias_dtype)
+        return LayerPlan(target, header.scheme, self._one(moves), repeat)
+
+    def _one(self, value: T) -> T:
+        """``value``, as one object for all layers that have an equal one: a model may have tens of thousands."""
+        found: T = self._shared.setdefault(value, value)
+        return found
 
     def _regroup(self, header: _Header, group_size: int | None) -> tuple[tuple[str, ...], QuantArgs, int]:
         """(moves, target's weight args, how often each stored group is repeated)."""
@@ -342,8 +367,12 @@ class Planner:
 
     def _probe(self, layers: list[LayerPlan]) -> dict[str, Facts]:
         """Read the small tensors of every layer, in parallel."""
+        facts: dict[str, Facts] = {}
+        parts = [layers[start : start + 64] for start in range(0, len(layers), 64)]  # a task for each layer would be too many
         with ThreadPoolExecutor(self.jobs) as pool:
-            return dict(pool.map(self._probe_layer, layers))
+            for found in pool.map(lambda part: [self._probe_layer(layer) for layer in part], parts):
+                facts.update((name, self._one(fact)) for name, fact in found)
+        return facts
 
     def _probe_layer(self, plan: LayerPlan) -> tuple[str, Facts]:
         header = self.checkpoint.layer(plan.target.name)
@@ -354,7 +383,7 @@ class Planner:
         bias_dtype = plan.target.bias_dtype
         bias = Cast() if header.bias is None or bias_dtype is None else measure_cast(header.name, "bias", header.bias, DTYPES[bias_dtype])
         self._check_container(header)
-        return header.name, Facts(low + half, high + half, low == high == 0, scale, bias)
+        return plan.target.name, Facts(low + half, high + half, low == high == 0, scale, bias)
 
     def _check_container(self, header: QuantizedLinear) -> None:
         """The first codes of a layer must fit its bits: bytes that do not are packed, whatever the description says."""
@@ -394,7 +423,8 @@ class Planner:
             hint = "read its zero points in another way (--gptq-zeros mask), or convert to dense"
             self._refuse("zero-point", name, f"a zero point of {facts.zero_high}", f"ends at {(1 << args.bits) - 1}", hint)
         source = replace(plan.source, weights=replace(plan.source.weights, symmetric=facts.symmetric))
-        return replace(plan, target=replace(plan.target, scheme=QuantScheme(args)), source=source, moves=moves)
+        target = replace(plan.target, scheme=self._one(QuantScheme(args)))
+        return replace(plan, target=target, source=self._one(source), moves=self._one(moves))
 
     def _choose_variant(self, facts: dict[str, Facts]) -> None:
         """The first variant that holds every zero point, unless the user named one."""
@@ -454,12 +484,17 @@ class Planner:
         return TORCH_NAMES[dtypes.pop()]
 
     def _note(self, layers: list[LayerPlan], base: Location | None, model: ModelFacts) -> None:
+        if exempt := sum(file.exempt for file in self.checkpoint.tensors.files):
+            self.notes.append(
+                f"--max-memory does not bind what torch does with .bin files: up to {exempt / 1e9:.2f} GB more may be held; "
+                "save them as safetensors first if that is too much"
+            )
         config = model_config(self.checkpoint, base)
         if config is None:
             self.notes.append(
                 "no config.json beside the source: the weights will be written without one; pass --base-model for a folder that loads"
             )
-        elif model.model_dtype is not None and config.get("torch_dtype", config.get("dtype")) not in {None, model.model_dtype}:
+        elif model.model_dtype is not None and config.get("torch_dtype", config.get("dtype")) not in (None, model.model_dtype):
             was = config.get("torch_dtype", config.get("dtype"))
             self.notes.append(
                 f"config.json will say torch_dtype {model.model_dtype} instead of {was}: the dtype of the scales, in which kernels compute"

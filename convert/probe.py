@@ -10,6 +10,7 @@ import numpy as np
 
 from formats.errors import UnreadableError
 from formats.ir import Array, ArrayLike, QuantizedLinear, read
+from formats.layouts import kernels
 from formats.safetensors_file import DTYPES
 
 _CHUNK = 1 << 20
@@ -55,30 +56,41 @@ def zero_range(zero_points: ArrayLike | None) -> tuple[int, int]:
 
 def measure_cast(name: str, what: str, values: ArrayLike, dtype: np.dtype[Any] | None) -> Cast:
     """What storing ``values`` in ``dtype`` does; None: only check that they are finite. UnreadableError for NaN or infinity."""
-    array = values if isinstance(values, np.ndarray) else values.read()
+    if values.shape == ():
+        values = np.asarray(values).reshape(1)
     rounded = subnormal = 0.0
     overflow: float | None = None
-    step = max(1, _CHUNK // max(1, int(np.prod(array.shape[1:]))))
-    for start in range(0, array.shape[0], step):
-        part = to_float32(array[start : start + step])
+    step = max(1, _CHUNK // max(1, int(np.prod(values.shape[1:]))))
+    for start in range(0, values.shape[0], step):
+        found = read(values, slice(start, min(start + step, values.shape[0])))
+        part = np.ascontiguousarray(to_float32(found)).reshape(-1)
         if not np.isfinite(part).all():
-            bad = part[~np.isfinite(part)].flat[0]
+            bad = part[~np.isfinite(part)][0]
             raise UnreadableError(f"{name}: a {what} is {bad}; the checkpoint is damaged, or was quantized from weights that were")
-        if dtype is None or dtype == array.dtype:
+        if dtype is None or dtype == values.dtype:
             continue
         with np.errstate(over="ignore"):
-            stored = part.astype(dtype).astype(np.float32)
+            stored = to_float32(part.astype(dtype))
         if np.isinf(stored).any():
-            overflow = float(part[np.isinf(stored)].flat[0])
+            overflow = float(part[np.isinf(stored)][0])
             continue
-        error = np.abs(stored - part)
-        changed = error > 0
-        if changed.any():
-            relative = error[changed] / np.abs(part[changed])
-            normal = np.abs(stored[changed]) >= float(_smallest_normal(dtype))
-            rounded = max(rounded, float(relative[normal].max(initial=0)))
-            subnormal = max(subnormal, float(relative[~normal].max(initial=0)))
+        errors = _cast_error(part, stored, _smallest_normal(dtype))
+        rounded, subnormal = max(rounded, errors[0]), max(subnormal, errors[1])
     return Cast(rounded, subnormal, overflow)
+
+
+def _cast_error(values: Array, stored: Array, smallest_normal: float) -> tuple[float, float]:
+    """Largest relative difference of ``stored`` from ``values``: where it is normal, and where it is subnormal or 0."""
+    engine = kernels()
+    if engine is not None:
+        found: tuple[float, float] = engine.cast_error(values, stored, smallest_normal)
+        return found
+    changed = stored != values
+    if not changed.any():
+        return 0.0, 0.0
+    relative = np.abs(stored[changed] - values[changed]) / np.abs(values[changed])
+    normal = np.abs(stored[changed]) >= smallest_normal
+    return float(relative[normal].max(initial=0)), float(relative[~normal].max(initial=0))
 
 
 def to_float32(array: Array) -> Array:

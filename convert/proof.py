@@ -6,45 +6,53 @@ tensors' names, shapes and digests, sorted by name. Names are the unfused Huggin
 weight ``<name>.weight`` however it is spelled, so the same weights have the same fingerprint in every format, float included,
 and for every number of workers. A bias that is all zeros counts as none (some tools add such biases).
 
-Blocks are two-dimensional, rather than whole rows, so that formats stored along [in] can be read and digested in tiles.
+Blocks are two-dimensional, rather than whole rows, so that formats stored along [in] can be read and digested in tiles. A tile
+is a rectangle of whole leaves (``convert.tiling``); it is gone through in strips that stay in a core's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
 
 from formats import Checkpoint
-from formats.ir import Array, QuantizedLinear, dequantize, scale_grid
-from formats.layouts import PackedMatrix, kernels
+from formats.ir import Array, ArrayLike, QuantizedLinear, dequantize, read
+from formats.layouts import PackedMatrix, code_range, kernels
 from formats.safetensors_file import DTYPES
+from formats.stored_tensor import StoredTensor
+from formats.workspace import Workspace
 
 from .probe import check_codes, to_float32
 
 LEAF_ROWS = 64
 LEAF_COLS = 1024
 BAND_ROWS = 1024
+"""Rows of a leaf of what is no float, which is digested by its bytes, in whole rows."""
+
+STRIP = 1 << 19
+"""Codes of a strip, about: with their words and values they fit a core's second-level cache."""
 
 Agreement = Literal["equal", "rounded", "different"]
 Progress = Callable[[int], None]
+_FLOATS = frozenset(DTYPES[name] for name in ("F16", "BF16", "F32"))
 
 
 @dataclass(frozen=True)
 class Matrix:
     """One tensor of a model as the proof sees it: [rows, cols] of float32 values, quantized or plain.
 
-    name     canonical tensor name; shape: as stored (plain) or [out, in]; stored: names whose pages to give back
+    name     canonical tensor name; shape: as stored (plain) or [out, in]; nbytes: what reading it takes, about, for progress
     """
 
     name: str
     shape: tuple[int, ...]
     layer: QuantizedLinear | None
-    plain: Array | None
-    stored: tuple[str, ...]
+    plain: ArrayLike | None
+    nbytes: int
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -55,59 +63,148 @@ class Matrix:
         return (int(np.prod(self.shape)) // cols if cols else 0), cols
 
     @property
-    def dtype(self) -> str:
-        return "law" if self.plain is None else str(self.plain.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that reading it takes, about: for progress."""
-        if self.plain is not None:
-            return int(self.plain.nbytes)
-        assert self.layer is not None
-        return self.shape[0] * self.shape[1] * self.layer.scheme.weights.bits // 8
+    def leaf(self) -> tuple[int, int]:
+        """(rows, cols) of a leaf."""
+        return (LEAF_ROWS, LEAF_COLS) if self.is_float() else (BAND_ROWS, max(1, self.grid[1]))
 
     def is_float(self) -> bool:
-        return self.plain is None or self.plain.dtype in {DTYPES["F16"], DTYPES["BF16"], DTYPES["F32"]}
+        return self.plain is None or np.dtype(self.plain.dtype) in _FLOATS
 
-    def band(self, rows: slice) -> BandValues:
-        """A reader of float32 values in these rows."""
-        return BandValues(self, rows)
+    def as_matrix(self) -> ArrayLike:
+        """A plain tensor's 2-D view."""
+        assert self.plain is not None
+        return self.plain.as_matrix() if isinstance(self.plain, StoredTensor) else np.asarray(self.plain).reshape(self.grid)
 
 
-class BandValues:
-    """Reads float32 values of one band, -0.0 as +0.0, C-contiguous; what the band's tiles share is made once."""
+class Tile:
+    """One side of a rectangle of a matrix: reads its codes and its float32 values, strip by strip."""
 
-    def __init__(self, matrix: Matrix, rows: slice) -> None:
-        self._matrix, self._rows = matrix, rows
+    def __init__(self, matrix: Matrix, rows: slice, cols: slice, work: Workspace) -> None:
+        self.matrix, self.rows, self.cols, self.work = matrix, rows, cols, work
         layer = matrix.layer
-        self._engine = None
-        if (
-            layer is not None
-            and layer.scheme.weights.element == "int"
-            and layer.scheme.weights.strategy != "block"
-            and layer.input_smooth is None
-        ):
-            self._engine = kernels()
-        if self._engine is not None and layer is not None:
-            scales = to_float32(layer.grid("scales", rows)) if layer.outer is None else scale_grid(layer, rows)
-            self._scales = np.ascontiguousarray(scales)
-            zeros = None if layer.zero_points is None else layer.grid("zero_points", rows)
-            self._zeros = None if zeros is None or not zeros.any() else np.ascontiguousarray(zeros, dtype=np.float32)
+        self._codes: ArrayLike | None = None
+        self._engine = kernels() if layer is not None and _countable(layer) else None
+        if layer is not None and _countable(layer):
+            self._read_small(layer)
 
-    def read(self, cols: slice, codes: Array | None = None) -> Array:
-        """Values [rows, cols]. codes: the layer's, if they were read already."""
-        matrix, rows = self._matrix, self._rows
-        if matrix.plain is not None:
-            return np.ascontiguousarray(to_float32(matrix.plain.reshape(matrix.grid)[rows, cols]) + np.float32(0))
-        assert matrix.layer is not None
+    def _read_small(self, layer: QuantizedLinear) -> None:
+        """Scales and zero points of the tile's groups, and its columns as runs of one group."""
+        group = layer.group_of()[self.cols]
+        first, last = int(group.min()), int(group.max()) + 1
+        self.group = group - first
+        scales = layer.grid("scales", self.rows)[:, first:last]
+        self.scales = np.ascontiguousarray(to_float32(scales))
+        zeros = None if layer.zero_points is None else layer.grid("zero_points", self.rows)[:, first:last]
+        self.zeros = None if zeros is None or not zeros.any() else np.ascontiguousarray(zeros, dtype=np.float32)
+        if self._engine is not None:
+            border = np.arange(len(group)) % LEAF_COLS == 0
+            starts = np.flatnonzero(border | (np.diff(group, prepend=-1) != 0)).astype(np.int64)
+            self._runs = self._engine.Runs(starts, np.append(starts[1:], len(group)), self.group[starts].astype(np.int64))
+
+    def strips(self) -> Iterator[slice]:
+        """The tile's rows in strips of whole leaves."""
+        width = max(1, self.cols.stop - self.cols.start)
+        height = max(1, STRIP // width // LEAF_ROWS) * LEAF_ROWS
+        for start in range(self.rows.start, self.rows.stop, height):
+            yield slice(start, min(start + height, self.rows.stop))
+
+    def codes(self, strip: slice) -> Array:
+        """Codes [strip, cols], C-contiguous, checked against the layer's bits where their container is wider."""
+        assert self.matrix.layer is not None
+        if self._codes is None:
+            self._codes = _fetch(self.matrix.layer.codes, self.rows, self.cols, self.work)
+        codes = read_codes(self.matrix.layer, self._codes, slice(strip.start - self.rows.start, strip.stop - self.rows.start), self.work)
+        return codes if codes.flags.c_contiguous else np.ascontiguousarray(codes)
+
+    def values(self, strip: slice, codes: Array | None = None) -> Array:
+        """Values [strip, cols], float32, C-contiguous, -0.0 as +0.0. codes: the layer's, if they were read already."""
+        layer, zero = self.matrix.layer, np.float32(0)
+        if layer is None:
+            return np.ascontiguousarray(to_float32(read(self.matrix.as_matrix(), strip, self.cols, self.work)) + zero)
         if self._engine is None:
-            if codes is None and matrix.layer.scheme.weights.element == "int":
-                read_codes(matrix.layer, rows, cols)
-            return np.ascontiguousarray(dequantize(matrix.layer, rows, cols) + np.float32(0))
-        codes = read_codes(matrix.layer, rows, cols) if codes is None else codes
-        weights = np.empty(codes.shape, dtype=np.float32)
-        self._engine.dequantize(codes, self._scales, self._zeros, matrix.layer.group_of()[cols], weights)
-        return weights
+            codes = self.codes(strip) if codes is None else codes
+            return np.ascontiguousarray(dequantize(layer, strip, self.cols, codes) + zero)
+        return self._dequantized(strip, self.codes(strip) if codes is None else codes, max(1, self.cols.stop - self.cols.start))
+
+    def leaves(self, strip: slice, codes: Array | None = None) -> bytes:
+        """Digests of the strip's leaves, row by row of leaves. codes: the layer's, if they were read already."""
+        found = []
+        if self._engine is not None:
+            codes = self.codes(strip) if codes is None else codes
+            for top in range(strip.start, strip.stop, LEAF_ROWS):
+                rows = slice(top, min(top + LEAF_ROWS, strip.stop))
+                part = codes[top - strip.start : rows.stop - strip.start]
+                flat, height = self._dequantized(rows, part, LEAF_COLS).reshape(-1), part.shape[0]
+                ends = range(LEAF_COLS * height, flat.size + LEAF_COLS * height, LEAF_COLS * height)
+                found += [xxhash.xxh3_128_digest(flat[end - LEAF_COLS * height : end]) for end in ends]
+            return b"".join(found)
+        return leaves_of(self.values(strip, codes))
+
+    def _dequantized(self, rows: slice, codes: Array, leaf_cols: int) -> Array:
+        """The law's values of whole rows of the tile, leaf after leaf."""
+        here = slice(rows.start - self.rows.start, rows.stop - self.rows.start)
+        weights = self.work.take("values", (codes.size,), np.float32)
+        zeros = None if self.zeros is None else self.zeros[here]
+        assert self._engine is not None
+        self._engine.dequantize_leaves(codes, self.scales[here], zeros, self._runs, leaf_cols, weights)
+        return weights.reshape(codes.shape)
+
+
+def leaves_of(values: Array) -> bytes:
+    """Digests of the leaves of float32 ``values`` [rows, cols], row by row of leaves."""
+    found = []
+    for top in range(0, values.shape[0], LEAF_ROWS):
+        for left in range(0, values.shape[1], LEAF_COLS):
+            leaf = np.ascontiguousarray(values[top : top + LEAF_ROWS, left : left + LEAF_COLS])
+            found.append(xxhash.xxh3_128_digest(leaf.reshape(-1)))
+    return b"".join(found)
+
+
+def _fetch(codes: ArrayLike, rows: slice, cols: slice, work: Workspace) -> ArrayLike:
+    """The rectangle as an array of its own whose strips are cheap to read.
+
+    What a file stores by input would be read in snippets, strip by strip: its words are read at once.
+    """
+    if isinstance(codes, PackedMatrix) and codes.width is None:
+        if not codes.layout.transposed:
+            return _Rectangle(codes, rows, cols)
+        (top, left), (bottom, right) = codes.layout.corner(rows.start, cols.start), codes.layout.corner(rows.stop, cols.stop)
+        top, bottom, left, right = min(top, bottom), max(top, bottom), min(left, right), max(left, right)
+        return PackedMatrix(
+            codes.layout, read(codes.stored, slice(top, bottom), slice(left, right), _Named(work, "words")), codes.dtype_name
+        )
+    return _Rectangle(codes, rows, cols)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rectangle:
+    """A rectangle of a lazy matrix."""
+
+    whole: ArrayLike
+    rows: slice
+    cols: slice
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.whole.dtype)
+
+    def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
+        start, stop, _ = rows.indices(self.shape[0])
+        return read(self.whole, slice(self.rows.start + start, self.rows.start + stop), self.cols, work)[:, cols]
+
+
+class _Named(Workspace):
+    """A workspace whose arrays are another's under one name, so that they outlast what is read later."""
+
+    def __init__(self, work: Workspace, name: str) -> None:
+        self._work, self._name = work, name
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        return self._work.take(f"{self._name} {name}", shape, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,139 +269,226 @@ def _is_weight(name: str, shape: tuple[int, ...]) -> bool:
     return name.endswith(".weight") and len(shape) > 1
 
 
-def read_codes(layer: QuantizedLinear, rows: slice, cols: slice) -> Array:
-    """Codes of a rectangle, checked against the layer's bits where their container is wider."""
-    source = layer.codes
-    codes = source[rows, cols] if isinstance(source, np.ndarray) else source.read(rows, cols)
+def read_codes(layer: QuantizedLinear, codes: ArrayLike, rows: slice, work: Workspace | None = None) -> Array:
+    """Rows of ``codes``, which are a rectangle of the layer's, checked against its bits where their container is wider."""
+    found = read(codes, rows, slice(None), work)
     bits = layer.scheme.weights.bits
-    if bits < 8 and codes.size and not (isinstance(source, PackedMatrix) and source.layout.bits == bits):
-        engine = kernels()
-        check_codes(layer, *(engine.code_range(codes) if engine is not None else (int(codes.min()), int(codes.max()))))
-    return codes
+    if bits < 8 and found.size and not (isinstance(layer.codes, PackedMatrix) and layer.codes.layout.bits == bits):
+        check_codes(layer, *code_range(found))
+    return found
 
 
 def layer_matrices(checkpoint: Checkpoint, name: str) -> list[Matrix]:
     """A quantized layer as the proof sees it: its float weight, and its bias apart."""
     layer = checkpoint.layer(name)
-    result = [Matrix(f"{name}.weight", layer.shape, layer, None, checkpoint.layer_tensors(name))]
+    size = sum(checkpoint.tensors[tensor].nbytes for tensor in checkpoint.layer_tensors(name))
+    result = [Matrix(f"{name}.weight", layer.shape, layer, None, size)]
     if layer.bias is not None:
-        result.append(Matrix(f"{name}.bias", layer.bias.shape, None, layer.bias, ()))
+        result.append(Matrix(f"{name}.bias", tuple(layer.bias.shape), None, layer.bias, 0))
     return result
 
 
 def plain_matrix(checkpoint: Checkpoint, name: str) -> Matrix:
     """A plain tensor as the proof sees it."""
     plain = checkpoint.plain(name)
-    return Matrix(name, plain.shape, None, plain.data, (name,))
+    shape = tuple(plain.data.shape) if plain.dtype == "F4" else plain.shape
+    return Matrix(name, shape, None, plain.data, checkpoint.tensors[name].nbytes)
 
 
-def matrices(checkpoint: Checkpoint) -> dict[str, Matrix]:
-    """Every tensor of the model by canonical name: layers as their float weight, their biases apart, plain tensors."""
-    result: dict[str, Matrix] = {}
-    for kind, name in checkpoint.entries:
-        found = layer_matrices(checkpoint, name) if kind == "layer" else [plain_matrix(checkpoint, name)]
-        result.update((matrix.name, matrix) for matrix in found)
-    return result
+class Matrices(Mapping[str, Matrix]):
+    """Every tensor of a model by canonical name: layers as their float weight, their biases apart, plain tensors.
 
+    A matrix is made when it is asked for, and not kept.
+    """
 
-def bands(matrix: Matrix) -> Iterator[slice]:
-    """Row bands in which a matrix is digested and compared: whole leaves, independent of one another."""
-    rows, _ = matrix.grid
-    for start in range(0, rows, BAND_ROWS):
-        yield slice(start, min(start + BAND_ROWS, rows))
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._layers = frozenset(checkpoint.layer_names)
+        self._plain = frozenset(checkpoint.plain_names)
 
+    def __getitem__(self, name: str) -> Matrix:
+        module = name.rpartition(".")[0]
+        if name in self._plain:
+            return plain_matrix(self._checkpoint, name)
+        if module in self._layers:
+            for matrix in layer_matrices(self._checkpoint, module):
+                if matrix.name == name:
+                    return matrix
+        raise KeyError(name)
 
-class Leaves:
-    """Collects a band's leaves from its tiles, which come in column order, ``LEAF_COLS`` wide."""
+    def __contains__(self, name: object) -> bool:
+        module = str(name).rpartition(".")[0]
+        return name in self._plain or (module in self._layers and any(m.name == name for m in layer_matrices(self._checkpoint, module)))
 
-    def __init__(self, rows: slice) -> None:
-        self._leaves: list[list[bytes]] = [[] for _ in range(-(-(rows.stop - rows.start) // LEAF_ROWS))]
+    def __iter__(self) -> Iterator[str]:
+        for kind, name in self._checkpoint.entries:
+            if kind == "plain":
+                yield name
+            else:
+                yield from (matrix.name for matrix in layer_matrices(self._checkpoint, name))
 
-    def add(self, values: Array) -> None:
-        """Digest float32 values [rows of the band, cols of the tile], C-contiguous."""
-        for number, leaves in enumerate(self._leaves):
-            leaves.append(xxhash.xxh3_128_digest(values[number * LEAF_ROWS : (number + 1) * LEAF_ROWS].reshape(-1)))
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
-    def joined(self) -> bytes:
-        """All leaves in row-major order."""
-        return b"".join(leaf for leaves in self._leaves for leaf in leaves)
-
-
-def tiles(matrix: Matrix) -> Iterator[slice]:
-    """Column cuts of a band."""
-    width = matrix.grid[1]
-    for start in range(0, width, LEAF_COLS):
-        yield slice(start, min(start + LEAF_COLS, width))
-
-
-def digest_band(matrix: Matrix, rows: slice) -> bytes:
-    """The leaves of a band, concatenated in row-major order of leaves; for what is no float, one digest of its bytes."""
-    if not matrix.is_float():
-        assert matrix.plain is not None
-        raw = np.ascontiguousarray(matrix.plain.reshape(matrix.grid)[rows])
-        return xxhash.xxh3_128_digest(raw.view(np.uint8).reshape(-1))
-    leaves, band = Leaves(rows), matrix.band(rows)
-    for cols in tiles(matrix):
-        leaves.add(band.read(cols))
-    return leaves.joined()
+    def weights(self) -> int:
+        """Weights of quantized layers, about: what the kernels will have to do."""
+        tensors = self._checkpoint.tensors
+        return sum(tensors[part].nbytes for name in self._layers for part in self._checkpoint.layer_tensors(name)[:1])
 
 
 def is_zero_bias(matrix: Matrix) -> bool:
     """Whether this is a bias that is all zeros, which counts as none."""
-    return matrix.name.endswith(".bias") and matrix.plain is not None and not matrix.plain.any()
+    return matrix.name.endswith(".bias") and matrix.plain is not None and not np.asarray(matrix.plain).any()
 
 
-def fold(matrix: Matrix, leaves: list[bytes]) -> str:
-    """A matrix's digest from its bands' leaves; "" for a bias that is all zeros."""
-    if is_zero_bias(matrix):
-        return ""
-    digest = xxhash.xxh3_128()
-    for part in leaves:
-        digest.update(part)
-    return digest.hexdigest()
+class LeafGrid:
+    """All leaves of one matrix, filled tile by tile."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        (rows, cols), self._leaf = matrix.grid, matrix.leaf
+        self._wide = -(-cols // self._leaf[1])
+        self._leaves = np.zeros((-(-rows // self._leaf[0]), self._wide, 16), dtype=np.uint8)
+
+    def put(self, rows: slice, cols: slice, leaves: bytes) -> None:
+        """The leaves of a tile, row by row of leaves."""
+        top, left = rows.start // self._leaf[0], cols.start // self._leaf[1]
+        bottom, right = -(-rows.stop // self._leaf[0]), -(-cols.stop // self._leaf[1])
+        self._leaves[top:bottom, left:right] = np.frombuffer(leaves, np.uint8).reshape(bottom - top, right - left, 16)
+
+    def digest(self) -> str:
+        """The matrix's digest."""
+        return xxhash.xxh3_128_hexdigest(self._leaves.tobytes())
 
 
 @dataclass(frozen=True, slots=True)
-class Band:
-    """What comparing one band found."""
+class Found:
+    """What comparing one tile found: the leaves of both sides, and how they agree."""
 
     left: bytes
     right: bytes
-    codes: Agreement
-    zero_points: Agreement
-    scales: Agreement
-    bound: float
+    codes: Agreement = "equal"
+    zero_points: Agreement = "equal"
+    scales: Agreement = "equal"
+    bound: float = 0.0
     detail: str = ""
 
 
-def compare_band(left: Matrix, right: Matrix, rows: slice) -> Band:
-    """Compare one band of two matrices of one shape, and digest both."""
+def digest_tile(matrix: Matrix, rows: slice, cols: slice, work: Workspace) -> bytes:
+    """The leaves of a tile; for what is no float, digests of its bytes."""
+    if not matrix.is_float():
+        return _digest_bytes(matrix, rows, work)
+    tile = Tile(matrix, rows, cols, work)
+    return b"".join(tile.leaves(strip) for strip in tile.strips())
+
+
+def _digest_bytes(matrix: Matrix, rows: slice, work: Workspace) -> bytes:
+    found, width = [], matrix.grid[1]
+    assert matrix.plain is not None
+    items = max(1, (1 << 20) // np.dtype(matrix.plain.dtype).itemsize)
+    high = max(1, items // max(1, width))
+    for top in range(rows.start, rows.stop, BAND_ROWS):
+        digest, bottom = xxhash.xxh3_128(), min(top + BAND_ROWS, rows.stop)
+        for row in range(top, bottom, high):
+            for left in range(0, width, max(items, width if high > 1 else items)):
+                part = read(matrix.as_matrix(), slice(row, min(row + high, bottom)), slice(left, min(left + items, width)), work)
+                digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+        found.append(digest.digest())
+    return b"".join(found)
+
+
+def compare_tile(left: Matrix, right: Matrix, rows: slice, cols: slice, works: tuple[Workspace, Workspace]) -> Found:
+    """Compare one tile of two matrices of one shape, and digest both."""
+    if not (left.is_float() and right.is_float()):
+        ours, theirs = (_digest_bytes(matrix, rows, work) for matrix, work in zip((left, right), works, strict=True))
+        return Found(ours, theirs) if ours == theirs else Found(ours, theirs, "equal", "equal", "different", 1.0, "the bytes differ")
     a, b = left.layer, right.layer
+    tiles = Tile(left, rows, cols, works[0]), Tile(right, rows, cols, works[1])
     if a is None or b is None or not (_countable(a) and _countable(b)):
-        return _compare_values(left, right, rows)
-    zero_points, scales, bound, detail = _compare_small(a, b, rows)
-    codes: Agreement = "equal"
-    # Equal codes, scales and zero points give equal values, the law being a function of them: then one digest is both.
-    differ = not (scales == "equal" and zero_points == "equal")
-    engine = kernels()
-    ours_leaves, theirs_leaves = Leaves(rows), Leaves(rows)
-    ours_band, theirs_band = left.band(rows), right.band(rows)
-    for cols in tiles(left):
-        ours, theirs = read_codes(a, rows, cols), read_codes(b, rows, cols)
+        values = ValueProof(tiles[0])
+        for strip in tiles[0].strips():
+            values.add(strip, _in_own_dtype(left, tiles[0].values(strip)), _in_own_dtype(right, tiles[1].values(strip)))
+        return values.found()
+    proof = CodeProof(*tiles)
+    for strip in tiles[0].strips():
+        proof.add(strip, tiles[0].codes(strip), tiles[1].codes(strip))
+    return proof.found()
+
+
+class CodeProof:
+    """Compares two sides of a tile by codes, zero points and scales, and digests both."""
+
+    def __init__(self, left: Tile, right: Tile) -> None:
+        self._sides = left, right
+        a, b = left.matrix.layer, right.matrix.layer
+        assert a is not None
+        assert b is not None
+        self._small: tuple[Agreement, Agreement, float, str] = "equal", "equal", 0.0, ""
+        if left.cols.start == 0:
+            self._small = _compare_small(a, b, left.rows)
+        # Equal codes, scales and zero points give equal values, the law being a function of them: then one digest is both.
+        self._alike = _same_small(left, right)
+        self._codes: Agreement = "equal"
+        self._detail = self._small[3]
+        self._leaves: tuple[list[bytes], list[bytes]] = [], []
+
+    def add(self, strip: slice, ours: Array, theirs: Array) -> None:
+        """Codes [strip, cols] of both sides, C-contiguous."""
+        left, right = self._sides
+        engine = kernels()
         same = engine.equal(ours, theirs) if engine is not None else np.array_equal(ours, theirs)
-        if not same and codes == "equal":
-            codes = "different"
+        if not same and self._codes == "equal":
+            self._codes = "different"
             row, col = np.argwhere(ours != theirs)[0]
-            at = f"[{rows.start + row}, {cols.start + col}]"
-            detail = f"code {at} is {ours[row, col]} on the left and {theirs[row, col]} on the right"
-        ours_leaves.add(ours_band.read(cols, ours))
-        if differ:
-            theirs_leaves.add(theirs_band.read(cols, theirs))
-    digest = ours_leaves.joined()
-    if differ:
-        return Band(digest, theirs_leaves.joined(), codes, zero_points, scales, bound, detail)
-    other = digest if codes == "equal" else digest_band(right, rows)
-    return Band(digest, other, codes, zero_points, scales, bound, detail)
+            at = f"[{strip.start + row}, {left.cols.start + col}]"
+            self._detail = f"code {at} is {ours[row, col]} on the left and {theirs[row, col]} on the right"
+        leaves = left.leaves(strip, ours)
+        self._leaves[0].append(leaves)
+        self._leaves[1].append(leaves if same and self._alike else right.leaves(strip, theirs))
+
+    def found(self) -> Found:
+        """The tile's verdict."""
+        zero_points, scales, bound, _ = self._small
+        return Found(b"".join(self._leaves[0]), b"".join(self._leaves[1]), self._codes, zero_points, scales, bound, self._detail)
+
+
+class ValueProof:
+    """Compares two sides of a tile by value, where a side is not integer codes, and digests both."""
+
+    def __init__(self, tile: Tile) -> None:
+        self._cols = tile.cols
+        self._leaves: tuple[list[bytes], list[bytes]] = [], []
+        self._agreement: Agreement = "equal"
+        self._bound, self._detail = 0.0, ""
+
+    def add(self, strip: slice, ours: Array, theirs: Array) -> None:
+        """Values [strip, cols] of both sides, each in its own dtype."""
+        part, error = compare_rounded(ours, theirs)
+        wide = [np.asarray(to_float32(side) + np.float32(0)) for side in (ours, theirs)]
+        self._bound = max(self._bound, error)
+        if part == "different" and self._agreement != "different":
+            row, col = np.argwhere(wide[0] != wide[1])[0]
+            values = f"{wide[0][row, col]:.9g} on the left and {wide[1][row, col]:.9g} on the right"
+            self._detail = f"weight [{strip.start + row}, {self._cols.start + col}] is {values}"
+        self._agreement = part if part == "different" or self._agreement == "equal" else self._agreement
+        left = leaves_of(wide[0])
+        self._leaves[0].append(left)
+        self._leaves[1].append(left if part == "equal" else leaves_of(wide[1]))
+
+    def found(self) -> Found:
+        """The tile's verdict."""
+        left, right = (b"".join(leaves) for leaves in self._leaves)
+        return Found(left, right, "equal", "equal", self._agreement, self._bound, self._detail)
+
+
+def _same_small(left: Tile, right: Tile) -> bool:
+    """Whether scales and zero points of a tile are the same for every column."""
+    pairs = np.stack([left.group, right.group])
+    pairs = pairs[:, np.append(True, (np.diff(pairs) != 0).any(axis=0))]
+    if not np.array_equal(_columns(left.scales, pairs[0]), _columns(right.scales, pairs[1])):
+        return False
+    if left.zeros is None or right.zeros is None:
+        return left.zeros is right.zeros
+    return np.array_equal(_columns(left.zeros, pairs[0]), _columns(right.zeros, pairs[1]))
 
 
 def _countable(layer: QuantizedLinear) -> bool:
@@ -365,46 +549,29 @@ def compare_rounded(left: Array, right: Array) -> tuple[Agreement, float]:
     return ("rounded" if rounded else "different"), bound
 
 
-def _compare_values(left: Matrix, right: Matrix, rows: slice) -> Band:
-    """Compare by float32 value where a side is not integer codes."""
-    digests = digest_band(left, rows), digest_band(right, rows)
-    if digests[0] == digests[1]:
-        return Band(*digests, "equal", "equal", "equal", 0.0)
-    if not (left.is_float() and right.is_float()):
-        return Band(*digests, "equal", "equal", "different", 1.0, "the bytes differ")
-    bound, agreement, detail = 0.0, "equal", ""
-    readers = left.band(rows), right.band(rows)
-    for cols in tiles(left):
-        ours, theirs = (_in_own_dtype(matrix, reader.read(cols)) for matrix, reader in zip((left, right), readers, strict=True))
-        part, error = compare_rounded(ours, theirs)
-        bound = max(bound, error)
-        if part == "different" and agreement != "different":
-            wide = to_float32(ours), to_float32(theirs)
-            row, col = np.argwhere(wide[0] != wide[1])[0]
-            values = f"{wide[0][row, col]:.9g} on the left and {wide[1][row, col]:.9g} on the right"
-            detail = f"weight [{rows.start + row}, {cols.start + col}] is {values}"
-        agreement = part if part == "different" or agreement == "equal" else agreement
-    return Band(*digests, "equal", "equal", agreement, bound, detail)  # type: ignore[arg-type]
-
-
 def _in_own_dtype(matrix: Matrix, values: Array) -> Array:
     return values if matrix.plain is None else values.astype(matrix.plain.dtype)
 
 
-def join(left: Matrix, right: Matrix, found: list[Band]) -> Comparison:
-    """One tensor's comparison from its bands'."""
+def join(left: Matrix, right: Matrix, found: list[tuple[slice, slice, Found]]) -> Comparison:
+    """One tensor's comparison from its tiles'. A bias that is all zeros has no digest."""
+    sides = LeafGrid(left), LeafGrid(right)
+    for rows, cols, tile in found:
+        sides[0].put(rows, cols, tile.left)
+        sides[1].put(rows, cols, tile.right)
 
     def worst(agreements: list[Agreement]) -> Agreement:
         order: tuple[Agreement, ...] = ("different", "rounded")
         return next((agreement for agreement in order if agreement in agreements), "equal")
 
+    tiles = [tile for _, _, tile in found]
     return Comparison(
         left.name,
-        worst([band.codes for band in found]),
-        worst([band.zero_points for band in found]),
-        worst([band.scales for band in found]),
-        max((band.bound for band in found), default=0.0),
-        fold(left, [band.left for band in found]),
-        fold(right, [band.right for band in found]),
-        next((band.detail for band in found if band.detail), ""),
+        worst([tile.codes for tile in tiles]),
+        worst([tile.zero_points for tile in tiles]),
+        worst([tile.scales for tile in tiles]),
+        max((tile.bound for tile in tiles), default=0.0),
+        "" if is_zero_bias(left) else sides[0].digest(),
+        "" if is_zero_bias(right) else sides[1].digest(),
+        next((tile.detail for tile in tiles if tile.detail), ""),
     )

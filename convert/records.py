@@ -16,6 +16,8 @@ from formats.ir import QuantScheme
 from formats.safetensors_file import OutputFile
 from formats.spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
+from .memory import Memory
+
 LOSSES: dict[str, tuple[bool, str]] = {
     "scale-rounded": (True, "scales rounded to the dtype that the target's loaders want; results are normal numbers"),
     "scale-subnormal": (False, "scales so small that the target's dtype holds them with few bits, or as 0"),
@@ -82,7 +84,7 @@ class Plan:
     base: Location | None
     allowed: tuple[str, ...]
     probed: bool
-    jobs: int
+    memory: Memory
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -114,10 +116,8 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Estimated peak of anonymous memory in bytes, over the interpreter's own: tiles per worker, and headers."""
-        from .engine import peak_memory
-
-        return peak_memory(self)
+        """Peak of anonymous memory in bytes at most, over the bare interpreter's."""
+        return self.memory.peak
 
     @property
     def stem(self) -> str:

@@ -20,6 +20,7 @@ class LayerFacts:
     """One quantized layer. group_size -1: per channel; bits 0 and sizes 0 where nothing says them; parts: which tensors are there.
 
     type            msModelSlim's type ("W8A16"), else ""
+    one_scale       its group is the whole tensor
     wrong_version   GPTQ: every zero point is the middle code of the version that the config does not say
     """
 
@@ -34,6 +35,7 @@ class LayerFacts:
     parts: frozenset[str]
     type: str = ""
     wrong_version: bool = False
+    one_scale: bool = False
 
     @property
     def leaf(self) -> str:
@@ -339,12 +341,21 @@ def file_named(name: str, source: str, mend: str) -> Requirement:
     )
 
 
+def scales_of_w8a16(layer: LayerFacts) -> str | None:
+    """What a W8A16 layer has that is not one scale per channel."""
+    if layer.type != "W8A16" or not (layer.one_scale or layer.group_size > 0):
+        return None
+    return "one scale" if layer.one_scale else f"groups of {layer.group_size}"
+
+
 def described(source: str) -> Requirement:
-    """Every linear has a type in msModelSlim's description, float ones too."""
+    """Every linear that engines fuse with others has a type in msModelSlim's description, float ones too."""
     mend = 'add "<module>.weight": "FLOAT" to the description for each'
-    return Requirement(
-        "described", lambda facts: [(name, "no type") for name in facts.undescribed], "a type for every linear", mend, source
-    )
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        return [(name, "no type") for name in facts.undescribed if any(name.rpartition(".")[2] in fused for fused in FUSED)]
+
+    return Requirement("described", unmet, "a type for every shard of a fused linear", mend, source)
 
 
 def lm_head_float(source: str) -> Requirement:

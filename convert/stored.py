@@ -85,7 +85,7 @@ def stored_layers(tensors: Mapping[str, Any], bits: int | None = None) -> Iterat
     """
     for tensor in tensors:
         name, _, leaf = tensor.rpartition(".")
-        if leaf == "qweight":
+        if name and leaf == "qweight":
             layer = _stored_layer(tensors, name, bits)
             if layer is not None:
                 yield layer
@@ -189,7 +189,7 @@ def residual(tensors: TensorSet, layer: StoredLayer, lanes: Array, inputs: int =
     assert layer.bits is not None
     layout = lanes_layout(layer.bits, "in")
     count = min(layer.in_, math.ceil(inputs / layout.span) * layout.span)
-    codes = layout.unpack(tensors.array(f"{layer.name}.qweight"), slice(None), slice(0, count), "<i2")
+    codes = layout.unpack(tensors.tensor(f"{layer.name}.qweight"), slice(None), slice(0, count), "<i2")
     index = group_index(tensors, layer)
     groups = np.arange(count) // (layer.in_ // layer.groups) if index is None else np.asarray(index[:count])
     return float(codes.mean(dtype=np.float64)) - float(lanes[:, np.clip(groups, 0, layer.groups - 1)].mean(dtype=np.float64))

@@ -17,6 +17,23 @@ from formats.errors import UsageError, WeighbridgeError
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 
+LONGEST = 2000
+"""Characters of a line; names out of a file may be of any length."""
+
+
+def plain(text: object) -> str:
+    """``text`` as one line that a terminal shows and does not obey: what no one can print is escaped, and what is long is cut."""
+    line = str(text)
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... ({len(line) - LONGEST} characters) ... {line[-LONGEST // 2 :]}"
+    return line if line.isprintable() else "".join(one if one.isprintable() else repr(one)[1:-1] for one in line)
+
+
+def echo(text: object, err: bool = False) -> None:
+    """Print one line, on stdout or stderr."""
+    typer.echo(plain(text), err=err)
+
+
 class Failing(TyperCommand):
     """A command whose Weighbridge errors become one sentence on stderr (or a JSON object) and the class's exit code."""
 
@@ -27,13 +44,14 @@ class Failing(TyperCommand):
             if ctx.params.get("json") is True:
                 print_json({"error": str(error), "exit_code": error.exit_code})
             else:
-                typer.echo(f"{ctx.command_path}: {error}", err=True)
+                echo(f"{ctx.command_path}: {error}", err=True)
             raise SystemExit(error.exit_code) from None
 
 
 def print_json(content: Any) -> None:
     """Print ``content`` as JSON on stdout."""
-    typer.echo(json_module.dumps(content, indent=2, ensure_ascii=False, default=str))
+    text = json_module.dumps(content, indent=2, ensure_ascii=False, default=str)
+    typer.echo("".join(one if one.isprintable() or one == "\n" else json_module.dumps(one)[1:-1] for one in text))
 
 
 @contextlib.contextmanager
@@ -73,8 +91,8 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], right: tu
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console = Console()
+        table.add_row(*map(plain, row))
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=160, markup=False, emoji=False, highlight=False)
     console.print(table)

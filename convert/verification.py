@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from formats import Checkpoint, Location, open_checkpoint
 from formats.checkpoint import zeros_reading
 from formats.layouts import expect_work
+from formats.workspace import Workspace
 
+from .memory import DEFAULT_MEMORY, header_bytes, share
 from .planning import available_cpus
-from .proof import Band, Comparison, Fingerprint, Matrix, bands, compare_band, digest_band, fold, join, matrices
+from .proof import Comparison, Fingerprint, Found, LeafGrid, Matrices, Matrix, compare_tile, digest_tile, is_zero_bias, join
+from .tiling import tiles_of
 
 Progress = Callable[[int], None]
+Finish = Callable[[list[tuple[slice, slice, Found]]], None]
 
 
 @dataclass
@@ -58,6 +65,7 @@ def verify(
     b: str | os.PathLike[str] | Checkpoint,
     *,
     jobs: int | None = None,
+    max_memory: int = DEFAULT_MEMORY,
     progress: Progress | None = None,
     gptq_zeros: str | None = None,
 ) -> Verdict:
@@ -67,73 +75,111 @@ def verify(
     value. progress is called with bytes done. Raises UnreadableError; differences are in the verdict, not raised.
     """
     left, right = (_opened(path, gptq_zeros) for path in (a, b))
-    ours, theirs = matrices(left), matrices(right)
-    expect_work(sum(matrix.grid[0] * matrix.grid[1] for matrix in ours.values()))
-    prints = Fingerprint(), Fingerprint()
-    rounded: list[Comparison] = []
-    different: list[Comparison] = []
-    shared = [name for name in ours if name in theirs]
+    ours, theirs = Matrices(left), Matrices(right)
+    verdict = Verdict(Fingerprint(), Fingerprint(), 0, [], [], [], [])
 
-    def finish(name: str, found: list[Band]) -> None:
-        comparison = join(ours[name], theirs[name], found)
-        prints[0].add(name, ours[name].shape, comparison.left)
-        prints[1].add(name, theirs[name].shape, comparison.right)
+    def finish(first: Matrix, second: Matrix, found: list[tuple[slice, slice, Found]]) -> None:
+        comparison = join(first, second, found)
+        verdict.left.add(first.name, first.shape, comparison.left)
+        verdict.right.add(second.name, second.shape, comparison.right)
+        verdict.compared += 1
         if not comparison.same:
-            different.append(comparison)
+            verdict.different.append(comparison)
         elif comparison.scales == "rounded":
-            rounded.append(comparison)
-        left.release(ours[name].stored)
-        right.release(theirs[name].stored)
+            verdict.rounded.append(comparison)
         if progress is not None:
-            progress(ours[name].nbytes)
+            progress(first.nbytes)
 
-    with ThreadPoolExecutor(jobs or available_cpus()) as pool:
-        window: list[tuple[str, list[Future[Band]]]] = []
-        for name in shared:
-            if ours[name].shape != theirs[name].shape:
-                shapes = f"shape {list(ours[name].shape)} on the left and {list(theirs[name].shape)} on the right"
-                different.append(Comparison(name, "different", "different", "different", 1.0, "", "", shapes))
-                continue
-            window.append((name, [pool.submit(compare_band, ours[name], theirs[name], rows) for rows in bands(ours[name])]))
-            if len(window) > 8:
-                first, futures = window.pop(0)
-                finish(first, [future.result() for future in futures])
-        for first, futures in window:
-            finish(first, [future.result() for future in futures])
-    only = [
-        [name for name in mine if name not in other and not _is_zero_bias(mine[name])] for mine, other in ((ours, theirs), (theirs, ours))
-    ]
-    for side, mine, names in ((0, ours, only[0]), (1, theirs, only[1])):
-        for name in names:
-            prints[side].add(name, mine[name].shape, fold(mine[name], [digest_band(mine[name], rows) for rows in bands(mine[name])]))
-    return Verdict(prints[0], prints[1], len(shared), rounded, different, only[0], only[1])
+    with _Tiles(jobs, max_memory, (left, right), ours.weights() + theirs.weights()) as work:
+        for name, matrix in ours.items():
+            other = theirs.get(name)
+            if other is None:
+                if not is_zero_bias(matrix):
+                    verdict.only_left.append(name)
+                    work.submit([matrix], partial(_digested, verdict.left, matrix))
+            elif other.shape != matrix.shape:
+                shapes = f"shape {list(matrix.shape)} on the left and {list(other.shape)} on the right"
+                verdict.compared += 1
+                verdict.different.append(Comparison(name, "different", "different", "different", 1.0, "", "", shapes))
+            else:
+                work.submit([matrix, other], partial(finish, matrix, other))
+        for name, matrix in theirs.items():
+            if name not in ours and not is_zero_bias(matrix):
+                verdict.only_right.append(name)
+                work.submit([matrix], partial(_digested, verdict.right, matrix))
+    return verdict
+
+
+class _Tiles:
+    """Goes through matrices tile by tile, a few at a time, and hands each one's tiles over when all are there."""
+
+    def __init__(self, jobs: int | None, max_memory: int, checkpoints: Sequence[Checkpoint], weights: int) -> None:
+        expect_work(weights)
+        headers = sum(header_bytes(checkpoint.tensors) for checkpoint in checkpoints)
+        self._memory = share(max_memory, jobs or available_cpus(), headers)
+        self._pool = ThreadPoolExecutor(self._memory.jobs)
+        self._local = threading.local()
+        self._window: deque[tuple[Finish, list[tuple[slice, slice, Future[Found]]]]] = deque()
+
+    def __enter__(self) -> _Tiles:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        try:
+            while self._window and kind is None:
+                self._finish()
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, matrices: list[Matrix], finish: Finish) -> None:
+        """Digest one matrix, or compare two of one shape; ``finish`` gets what was found of every tile."""
+        cuts = tiles_of(matrices, self._memory.tile)
+        self._window.append((finish, [(*cut, self._pool.submit(self._tile, matrices, *cut)) for cut in cuts]))
+        while len(self._window) > 8:
+            self._finish()
+
+    def _tile(self, matrices: list[Matrix], rows: slice, cols: slice) -> Found:
+        if not hasattr(self._local, "works"):
+            self._local.works = Workspace(), Workspace()
+        if len(matrices) == 1:
+            leaves = digest_tile(matrices[0], rows, cols, self._local.works[0])
+            return Found(leaves, leaves)
+        return compare_tile(matrices[0], matrices[1], rows, cols, self._local.works)
+
+    def _finish(self) -> None:
+        finish, tiles = self._window.popleft()
+        finish([(rows, cols, tile.result()) for rows, cols, tile in tiles])
+
+
+def _digested(prints: Fingerprint, matrix: Matrix, found: list[tuple[slice, slice, Found]]) -> None:
+    grid = LeafGrid(matrix)
+    for rows, cols, tile in found:
+        grid.put(rows, cols, tile.left)
+    prints.add(matrix.name, matrix.shape, "" if is_zero_bias(matrix) else grid.digest())
 
 
 def _opened(path: str | os.PathLike[str] | Checkpoint, gptq_zeros: str | None) -> Checkpoint:
     return path if isinstance(path, Checkpoint) else open_checkpoint(Location.of(path, zeros=zeros_reading(gptq_zeros)))
 
 
-def _is_zero_bias(matrix: Matrix) -> bool:
-    return matrix.name.endswith(".bias") and matrix.plain is not None and not matrix.plain.any()
-
-
 def fingerprint(
     path: str | os.PathLike[str] | Checkpoint,
     *,
     jobs: int | None = None,
+    max_memory: int = DEFAULT_MEMORY,
     progress: Progress | None = None,
     gptq_zeros: str | None = None,
 ) -> Fingerprint:
     """The fingerprint of a checkpoint's weights: the same in every format that holds the same weights."""
     checkpoint = _opened(path, gptq_zeros)
-    found = matrices(checkpoint)
-    expect_work(sum(matrix.grid[0] * matrix.grid[1] for matrix in found.values()))
-    result = Fingerprint()
-    with ThreadPoolExecutor(jobs or available_cpus()) as pool:
+    found, result = Matrices(checkpoint), Fingerprint()
+
+    def finish(matrix: Matrix, tiles: list[tuple[slice, slice, Found]]) -> None:
+        _digested(result, matrix, tiles)
+        if progress is not None:
+            progress(matrix.nbytes)
+
+    with _Tiles(jobs, max_memory, [checkpoint], found.weights()) as work:
         for matrix in found.values():
-            leaves = list(pool.map(lambda rows, matrix=matrix: digest_band(matrix, rows), bands(matrix)))
-            result.add(matrix.name, matrix.shape, fold(matrix, leaves))
-            checkpoint.release(matrix.stored)
-            if progress is not None:
-                progress(matrix.nbytes)
+            work.submit([matrix], partial(finish, matrix))
     return result

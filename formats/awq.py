@@ -59,6 +59,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from .checkpoint import Location, Unsupported
 from .errors import UnreadableError
 from .ir import ArrayLike, QuantArgs, QuantizedLinear, QuantScheme
@@ -203,8 +205,14 @@ class Awq(QweightCheckpoint):
                     "they contradict one another"
                 )
         if gemv:
-            return codes, scales[:, :groups], PackedMatrix(GEMV, zeros, "<i2", groups)
-        return codes, scales[:groups].T, ScaledZeros(name, zeros[:groups].T, scales[:groups].T, 4)
+            return codes, _corner(scales, out, groups), PackedMatrix(GEMV, zeros, "<i2", groups)
+        scales, zeros = _corner(scales, groups, out).T, _corner(zeros, groups, out).T
+        return codes, scales, ScaledZeros(name, zeros, scales, 4)
+
+
+def _corner(stored: Any, rows: int, cols: int) -> Any:
+    """The first rows and columns of a stored matrix, unread where it can be."""
+    return stored[:rows, :cols] if isinstance(stored, np.ndarray) else stored.corner(rows, cols)
 
 
 def outputs(layer: LayerTarget, variant: str) -> tuple[TensorSpec, ...]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from .errors import UnreadableError, UsageError
-from .ir import Array, PlainTensor, QuantizedLinear
-from .safetensors_file import SourceFile, TensorSet, open_index, read_json
+from .ir import Array, ArrayLike, PlainTensor, QuantizedLinear, read
+from .safetensors_file import SafetensorsFile, SourceFile, StoredFile, TensorSet, open_index, read_json
+from .workspace import Workspace
 
 ZerosReading = Literal["mask", "plain", "carry"]
 
@@ -37,6 +38,8 @@ class Location:
     description   a description JSON named apart (``ms_to_vllm --json``)
     base          the float model's folder, if one was named
     zeros         how to read zero points that tools read differently (GPTQ v1), if the user says it; None: as the file's writer
+    documents     JSON objects by file name that count instead of what lies in the folder, which is still being written
+    opener        what opens its weight files
     """
 
     folder: Path
@@ -45,6 +48,8 @@ class Location:
     description: Path | None = None
     base: Location | None = None
     zeros: ZerosReading | None = None
+    documents: Mapping[str, Any] = field(default_factory=dict)
+    opener: Callable[[Path, int], StoredFile] = SafetensorsFile
 
     @classmethod
     def of(
@@ -70,7 +75,14 @@ class Location:
 
     def json(self, name: str) -> dict[str, Any] | None:
         """The JSON object in ``name`` beside the weights, or None if there is no such file."""
-        return read_json(self.folder / name) if name in self.names else None
+        return self.read_json(self.folder / name) if name in self.names else None
+
+    def read_json(self, path: Path) -> dict[str, Any]:
+        """The JSON object at ``path``."""
+        return dict(self.documents[path.name]) if path.name in self.documents else read_json(path)
+
+    def _index(self, path: Path) -> TensorSet:
+        return open_index(self.folder, path, self.opener, self.documents.get(path.name))
 
     def _torch_tensors(self) -> TensorSet:
         """The tensors of a folder of the days before safetensors: pytorch_model.bin, or shards with their index."""
@@ -91,9 +103,9 @@ class Location:
         prefix   names that begin with it are preferred (an index copied from the base model must not win)
         """
         if self.file is not None and self.file.name.endswith(".safetensors"):
-            return TensorSet([self.file])
+            return TensorSet([self.file], opener=self.opener)
         if self.file is not None and self.file.name.endswith(".safetensors.index.json"):
-            return open_index(self.folder, self.file)
+            return self._index(self.file)
         weights = [name for name in self.names if name.endswith(".safetensors")]
         if not weights and any(name.endswith(".bin") for name in self.names):
             return self._torch_tensors()
@@ -102,7 +114,7 @@ class Location:
             weights = [name for name in weights if name.startswith(prefix)]
             indexes = [name for name in indexes if name.startswith(prefix)]
         if len(indexes) == 1:
-            return open_index(self.folder, self.folder / indexes[0])
+            return self._index(self.folder / indexes[0])
         if len(indexes) > 1:
             raise UnreadableError(f"{self.folder.name}: several indexes ({', '.join(indexes)}); name the one to read")
         if "model.safetensors" in weights:
@@ -110,7 +122,7 @@ class Location:
         if len(weights) != 1:
             found = "no .safetensors file" if not weights else f"{len(weights)} .safetensors files and no index"
             raise UnreadableError(f"{self.folder.name}: {found}; name the weight file, or put its index beside it")
-        return TensorSet([self.folder / weights[0]])
+        return TensorSet([self.folder / weights[0]], opener=self.opener)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +200,7 @@ class Checkpoint:
     def plain(self, name: str) -> PlainTensor:
         """The plain tensor ``name``, as a view."""
         info = self.tensors[name]
-        return PlainTensor(name, info.dtype, info.shape, self.tensors.array(name))
+        return PlainTensor(name, info.dtype, info.shape, self.tensors.tensor(name))
 
     def data_findings(self) -> list[Finding]:
         """Findings that only the data can make; reads small tensors. None by default."""
@@ -210,11 +222,6 @@ class Checkpoint:
         """The first source file that is no longer what it was when the checkpoint was opened, or None."""
         return next((file.path.name for file in self.tensors.files if not file.unchanged()), None)
 
-    def release(self, names: Sequence[str]) -> None:
-        """Give back the pages of stored tensors ``names``."""
-        for name in names:
-            self.tensors.release(name)
-
 
 @dataclass(frozen=True, slots=True)
 class IntegralZeros:
@@ -225,7 +232,7 @@ class IntegralZeros:
     """
 
     name: str
-    stored: Array
+    stored: ArrayLike
     low: int
     high: int
 
@@ -237,8 +244,8 @@ class IntegralZeros:
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(np.int16)
 
-    def read(self, rows: slice = slice(None), cols: slice = slice(None)) -> Array:
-        part = self.stored[rows, cols] if self.stored.ndim == 2 else self.stored[rows]
+    def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
+        part = read(self.stored, rows, cols, work)
         if not part.any():
             return np.zeros(part.shape, dtype=np.int16)
         values = part.astype(np.float32)

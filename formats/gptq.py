@@ -53,6 +53,7 @@ from .layouts import PackedMatrix, PackLayout
 from .marlin import MARLIN, PermutedScales
 from .qweight import FLOATS, QweightCheckpoint
 from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
+from .workspace import Workspace
 
 CONFIG = "quantize_config.json"
 PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
@@ -78,7 +79,7 @@ class CarriedZeros:
     """v1's qzeros, to which a word of ones is added with carry from lane to lane, [out, groups] (``LazyArray``)."""
 
     bits: int
-    stored: Array
+    stored: ArrayLike
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,8 +89,8 @@ class CarriedZeros:
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(np.int16)
 
-    def read(self, rows: slice = slice(None), cols: slice = slice(None)) -> Array:
-        words = (np.ascontiguousarray(self.stored).view(np.uint32) + np.uint32(_ones(self.bits))).view(np.int32)
+    def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
+        words = (np.ascontiguousarray(np.asarray(self.stored)).view(np.uint32) + np.uint32(_ones(self.bits))).view(np.int32)
         return zeros_layout(self.bits, "v2").unpack(words, rows, cols, "<i2")
 
 
@@ -170,9 +171,9 @@ class Gptq(QweightCheckpoint):
             if name in self._no_bias and self.bias(name) is None:
                 self.left_out.append(LeftOut(f"{name}.bias", "zero", "", why, "and no longer is zero"))
 
-    def bias(self, name: str) -> Array | None:
+    def bias(self, name: str) -> ArrayLike | None:
         bias = super().bias(name)
-        return None if bias is not None and name in self._no_bias and not bias.any() else bias
+        return None if bias is not None and name in self._no_bias and not np.asarray(bias).any() else bias
 
     def reading_of(self, bits: int) -> ZerosReading:
         """How v1's zero points of so many bits are read where they are stored as the largest value."""
@@ -185,11 +186,11 @@ class Gptq(QweightCheckpoint):
         found: dict[int, list[tuple[str, int]]] = {}
         for name in self.layer_names:
             bits, stored = self.layer(name).scheme.weights.bits, self.part(name, "qzeros")
-            if has_full_lanes(stored, bits):
-                lanes = zeros_layout(bits, "v1").unpack(stored, dtype="<i2")
+            words = np.asarray(stored)
+            if has_full_lanes(words, bits):
+                lanes = zeros_layout(bits, "v1").unpack(words, dtype="<i2")
                 if count := int((lanes == -(1 << (bits - 1))).sum()):
                     found.setdefault(bits, []).append((name, count))
-            self.tensors.release(f"{name}.qzeros")
         return [
             Finding(
                 "top-lane",
@@ -270,7 +271,7 @@ class Gptq(QweightCheckpoint):
             raise UnreadableError(f"{name}: is quantized, and dynamic in the config says that it is left in float; correct the config")
         said = {key: rule.get(key, self._said.get(key)) for key in ("bits", "group_size")}
         wanted = in_ if said["group_size"] == -1 else said["group_size"]
-        if said["bits"] not in {None, bits} or wanted not in {None, group_size}:
+        if said["bits"] not in (None, bits) or wanted not in (None, group_size):  # tuples: what a file says may not be hashable
             raise UnreadableError(
                 f"{name}: shapes say {bits} bits and group_size {group_size}, the config says {said['bits']} and {said['group_size']}; "
                 "correct the config"

@@ -8,6 +8,7 @@ from typing import Any
 
 from .checkpoint import ZerosReading
 from .errors import UnreadableError
+from .patterns import Budget, Pattern
 
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 _BIASED: dict[str, tuple[str, ...]] = {
@@ -25,14 +26,16 @@ class ModuleRules:
     """GPTQModel's ``dynamic``: by regular expression, what is quantized otherwise ("+:" or no sign) or left in float ("-:").
 
     An expression is matched at the beginning of the module's name; "-:" rules come first, then the first that matches wins.
-    Rules for one whole name (``^model\\.layers\\.0$``) are looked up, so that thousands of them cost nothing.
+    Rules for one whole name (``^model\\.layers\\.0$``) are looked up, so that thousands of them cost nothing; all others are
+    matched within a budget of steps.
     """
 
     def __init__(self, rules: Any) -> None:
         if rules is not None and not isinstance(rules, dict):
             raise UnreadableError(f"config.json: dynamic is a {type(rules).__name__}, wanted an object of patterns")
         self._whole: dict[str, tuple[int, Mapping[str, Any] | None]] = {}
-        self._patterns: list[tuple[int, re.Pattern[str], Mapping[str, Any] | None]] = []
+        self._patterns: list[tuple[int, Pattern, Mapping[str, Any] | None]] = []
+        self._budget = Budget()
         for position, (sign, rule) in enumerate(sorted((rules or {}).items(), key=lambda item: not item[0].startswith("-:"))):
             pattern, leaves = sign.removeprefix("+:").removeprefix("-:"), sign.startswith("-:")
             if not (leaves or isinstance(rule, dict)):
@@ -43,16 +46,13 @@ class ModuleRules:
             if pattern == f"^{body}$" and re.escape(name) == body:
                 self._whole.setdefault(name, (position, said))
                 continue
-            try:
-                self._patterns.append((position, re.compile(pattern), said))
-            except re.error as error:
-                raise UnreadableError(f"config.json: dynamic's pattern {pattern!r} is no regular expression ({error})") from None
+            self._patterns.append((position, Pattern(pattern), said))
 
     def find(self, name: str) -> Mapping[str, Any] | None:
         """What the rules say of module ``name`` ({} if nothing); None: it stays in float."""
         position, said = self._whole.get(name, (None, {}))
         for place, pattern, rule in self._patterns:
-            if (position is None or place < position) and pattern.match(name):
+            if (position is None or place < position) and pattern.matches(name, self._budget):
                 return rule
         return said
 

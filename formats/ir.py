@@ -39,6 +39,7 @@ import numpy as np
 
 from .errors import RefusedError, UnreadableError
 from .regions import Array, Region, assemble
+from .workspace import Workspace
 
 __all__ = [
     "E2M1_VALUES", "NF4_VALUES", "ActOrder", "Array", "ArrayLike", "AttentionQuant", "Element", "Extra", "LazyArray", "PlainTensor",
@@ -75,19 +76,19 @@ class LazyArray(Protocol):
     @property
     def dtype(self) -> np.dtype[Any]: ...
 
-    def read(self, rows: slice = slice(None), cols: slice = slice(None)) -> Array:
-        """The rectangle ``[rows, cols]`` as a NumPy array (a view where the storage allows it)."""
+    def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
+        """The rectangle ``[rows, cols]`` as a NumPy array, which may be one of ``work``."""
         ...
 
 
 ArrayLike = Array | LazyArray
 
 
-def read(array: ArrayLike, rows: slice = slice(None), cols: slice = slice(None)) -> Array:
-    """``array[rows, cols]``, whether it is lazy or a NumPy array."""
+def read(array: ArrayLike, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
+    """``array[rows, cols]`` (of a vector its rows), whether it is lazy or a NumPy array; ``work`` may hold the result."""
     if isinstance(array, np.ndarray):
-        return array[rows, cols]
-    return array.read(rows, cols)
+        return array[rows, cols] if array.ndim == 2 else array[rows]
+    return array.read(rows, cols, work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +196,7 @@ class QuantizedLinear:
     outer_size: int | None = None
     outer_divides: bool = False
     g_idx: Array | None = None
-    bias: Array | None = None
+    bias: ArrayLike | None = None
     input_scale: Array | None = None
     input_zero_point: Array | None = None
     input_smooth: Array | None = None
@@ -258,7 +259,7 @@ class QuantizedLinear:
             ("bias", self.bias, out),
             ("input_smooth", self.input_smooth, in_),
         ):
-            if vector is not None and vector.shape != (length,):
+            if vector is not None and tuple(vector.shape) != (length,):
                 raise UnreadableError(f"{self.name}: {what} has shape {vector.shape}, wanted ({length},)")
         for what, vector in (("input_scale", self.input_scale), ("input_zero_point", self.input_zero_point)):
             if vector is not None and vector.shape not in {(1,), (in_,)}:
@@ -326,7 +327,7 @@ class PlainTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    data: Array
+    data: ArrayLike
     transform: Literal["identity", "transpose"] = "identity"
     regions: tuple[Region, ...] = ()
 
@@ -368,13 +369,16 @@ def element_values(codes: Array, element: Element) -> Array:
     return np.asarray(table[codes])
 
 
-def dequantize(layer: QuantizedLinear, rows: slice = slice(None), cols: slice = slice(None)) -> Array:
-    """The law: float32 weights ``[rows, cols]`` of ``layer``. Plain NumPy, the reference for every kernel."""
+def dequantize(layer: QuantizedLinear, rows: slice = slice(None), cols: slice = slice(None), codes: Array | None = None) -> Array:
+    """The law: float32 weights ``[rows, cols]`` of ``layer``. Plain NumPy, the reference for every kernel.
+
+    codes   the rectangle's codes, if they were read already
+    """
     w = layer.scheme.weights
     row_index = np.arange(layer.shape[0])[rows]
     group_row = row_index // w.block[0] if w.strategy == "block" and w.block else row_index
     group = layer.group_of()[cols]
-    value = element_values(np.ascontiguousarray(read(layer.codes, rows, cols)), w.element)
+    value = element_values(np.ascontiguousarray(read(layer.codes, rows, cols) if codes is None else codes), w.element)
     if layer.zero_points is not None:
         value = value - _f32(layer.grid("zero_points"))[np.ix_(group_row, group)]
     scale = scale_grid(layer)[np.ix_(group_row, group)]

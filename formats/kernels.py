@@ -7,6 +7,7 @@ Nothing here checks bounds: ``pack`` and ``unpack`` have checked shapes and code
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -21,32 +22,48 @@ _WORDS = 16
 _jit: Any = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 
 
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Columns cut into runs of one group: int64 vectors of where each begins and ends, and of its group."""
+
+    starts: Array
+    ends: Array
+    group: Array
+
+
 def pack(layout: PackLayout, codes: Array, stored: Array) -> None:
-    """Pack int8 ``codes`` [out, x] into the C-contiguous array ``stored``."""
+    """Pack int8 ``codes`` [out, x] into ``stored``, a 2-D array whose rows are contiguous."""
     flip = layout.offset
     swar = layout.transposed and layout.axis == "in" and layout.word == "<i4" and not layout.order
     if swar and layout.bits in (4, 8) and flip in (0, 1 << (layout.bits - 1)):
         lanes, stride = _flat_words(codes, np.dtype(np.uint64 if layout.bits == 4 else np.uint32))
         kernel: Any = _pack_in_transposed_4 if layout.bits == 4 else _pack_in_transposed_8
-        kernel(lanes, stride, codes.shape[0], stored.shape[0], _mutable(stored, np.uint32), np.uint64(flip * 0x0101010101010101))
+        kernel(lanes, stride, codes.shape[0], stored.shape[0], *_target(stored, np.uint32), np.uint64(flip * 0x0101010101010101))
     elif _nibbles(layout):
         source, stride = _flat(codes)
         kernel = _pack_nibble_rows if layout.axis == "out" else _pack_nibble_columns
-        kernel(source, stride, stored.shape[0], stored.shape[1], _mutable(stored, np.uint8), layout.offset)
+        kernel(source, stride, stored.shape[0], stored.shape[1] * stored.itemsize, *_target(stored, np.uint8), layout.offset)
+    elif _bytes(layout):
+        np.add(codes.view(np.uint8), np.uint8(layout.offset), out=stored.view(np.uint8))
+    elif _word_by_word(layout) and layout.bits == 4:
+        source, stride = _flat(codes)
+        args = (source, stride, stored.shape[1], codes.shape[1], *_target(stored, np.uint32), _nibble_rows(layout))
+        _pack_out_transposed_4(*args, np.uint8(layout.offset & 15))
     elif _word_by_word(layout):
         source, stride = _flat(codes)
-        shifts = _shifts(layout)
-        args = (source, stride, stored.shape[1], codes.shape[1], _mutable(stored, np.uint32), shifts)
+        args = (source, stride, stored.shape[1], codes.shape[1], *_target(stored, np.uint32), _shifts(layout))
         _pack_out_transposed(*args, layout.offset, (1 << layout.bits) - 1)
     else:
         source, stride = _flat(codes)
-        _pack_stream(source, *_stream(layout, codes.shape, stride), _mutable(stored, np.uint8))
+        words = stored if stored.flags.c_contiguous else np.empty(stored.shape, stored.dtype)
+        _pack_stream(source, *_stream(layout, codes.shape, stride), _target(words, np.uint8)[0])
+        if words is not stored:
+            stored[...] = words
 
 
-def unpack(layout: PackLayout, stored: Array) -> Array:
-    """Unpack ``stored`` (a 2-D view whose rows are contiguous) to a new int8 array [out, x]."""
-    shape = layout.canonical_shape((stored.shape[0], stored.shape[1]))
-    codes = np.empty(shape, dtype=np.int8)
+def unpack(layout: PackLayout, stored: Array, codes: Array) -> None:
+    """Unpack ``stored`` (a 2-D view whose rows are contiguous) into the C-contiguous int8 array ``codes`` [out, x]."""
+    shape = codes.shape
     shift = (layout.offset + layout.low) & ((1 << layout.bits) - 1)
     swar = layout.transposed and layout.axis == "in" and layout.word == "<i4" and not layout.order and shift == 0
     if swar and layout.bits == 4 and layout.low == -8:
@@ -57,8 +74,16 @@ def unpack(layout: PackLayout, stored: Array) -> Array:
         _unpack_in_transposed_8(words, stride, shape[0], stored.shape[0], codes.reshape(-1).view(np.uint32))
     elif _nibbles(layout):
         source, stride = _flat(stored)
-        kernel = _unpack_nibble_rows if layout.axis == "out" else _unpack_nibble_columns
-        kernel(source, stride, stored.shape[0], stored.shape[1], codes.reshape(-1), layout.offset + layout.low, layout.low)
+        size = stored.itemsize
+        kernel: Any = _unpack_nibble_rows if layout.axis == "out" else _unpack_nibble_columns
+        shape_in_bytes = (stride * size, stored.shape[0], stored.shape[1] * size)
+        kernel(source.view(np.int8), *shape_in_bytes, codes.reshape(-1), layout.offset + layout.low, layout.low)
+    elif _bytes(layout):
+        np.subtract(stored.view(np.uint8), np.uint8(layout.offset), out=codes.view(np.uint8))
+    elif _word_by_word(layout) and layout.bits == 4:
+        words, stride = _flat_words(stored, np.dtype(np.uint32))
+        out = (words, stride, stored.shape[1], shape[1], codes.reshape(-1), _nibble_rows(layout))
+        _unpack_out_transposed_4(*out, np.uint8((layout.offset + layout.low) & 15), np.uint8(layout.low & 255))
     elif _word_by_word(layout):
         words, stride = _flat_words(stored, np.dtype(np.uint32))
         out = (words, stride, stored.shape[1], shape[1], codes.reshape(-1), _shifts(layout))
@@ -66,45 +91,40 @@ def unpack(layout: PackLayout, stored: Array) -> Array:
     else:
         source = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
         _unpack_stream(codes.reshape(-1), *_stream(layout, shape, shape[1]), _frozen(source), layout.low)
-    return codes
 
 
 def pack_tiles(layout: TileLayout, codes: Array, stored: Array) -> None:
-    """Pack int8 ``codes`` [out, in] of whole tiles into the C-contiguous array ``stored``."""
+    """Pack int8 ``codes`` [out, in] of whole tiles into ``stored``, a 2-D array whose rows are contiguous."""
     source, stride = _flat(codes)
     out, in_ = codes.shape[0] // layout.tile[0], codes.shape[1] // layout.tile[1]
-    steps = out, in_, layout.tile[0] * stride, layout.tile[1], *_tile_steps(layout, stored.shape[1])
-    words = stored.reshape(-1).view(np.dtype(f"u{layout.word_dtype.itemsize}"))
+    words, line = _target(stored, np.dtype(f"u{layout.word_dtype.itemsize}"))
+    steps = out, in_, layout.tile[0] * stride, layout.tile[1], *_tile_steps(layout, line)
     _pack_tiles(source, _tile_places(layout, stride), *steps, layout.words, layout.bits, layout.offset, words)
 
 
-def unpack_tiles(layout: TileLayout, stored: Array) -> Array:
-    """Unpack whole tiles, ``stored`` being a 2-D view whose rows are contiguous, to a new int8 array [out, in]."""
-    shape = layout.canonical_shape((stored.shape[0], stored.shape[1]))
-    codes = np.empty(shape, dtype=np.int8)
+def unpack_tiles(layout: TileLayout, stored: Array, codes: Array) -> None:
+    """Unpack whole tiles, ``stored`` being a 2-D view whose rows are contiguous, into the C-contiguous int8 array ``codes`` [out, in]."""
+    shape = codes.shape
     words, stride = _flat_words(stored, np.dtype(f"u{layout.word_dtype.itemsize}"))
     out, in_ = shape[0] // layout.tile[0], shape[1] // layout.tile[1]
     steps = out, in_, layout.tile[0] * shape[1], layout.tile[1], *_tile_steps(layout, stride)
     turn = layout.offset + layout.low
     places = _tile_places(layout, shape[1])
     _unpack_tiles(words, places, *steps, layout.words, layout.bits, turn, layout.low, codes.reshape(-1))
-    return codes
 
 
-def dequantize(codes: Array, scales: Array, zero_points: Array | None, group: Array, weights: Array) -> None:
-    """float32 ``weights[r, c] = scales[r, group[c]] * (codes[r, c] - zero_points[r, group[c]])``, -0.0 as +0.0.
+def dequantize_leaves(codes: Array, scales: Array, zero_points: Array | None, runs: Runs, leaf_cols: int, weights: Array) -> None:
+    """float32 ``scales[r, g] * (codes[r, c] - zero_points[r, g])``, -0.0 as +0.0, leaf by leaf.
 
-    codes int8 [rows, cols] (rows contiguous), scales and zero_points float32 C-contiguous [rows, groups],
-    group int32 [cols], weights float32 C-contiguous [rows, cols], written.
+    codes int8 [rows, cols], scales and zero_points float32 [rows, groups], all C-contiguous; weights a float32 vector that takes
+    [rows, leaf_cols] for the first ``leaf_cols`` columns, then for the next, ...
     """
-    source, stride = _flat(codes)
-    starts = np.flatnonzero(np.diff(group, prepend=group[0] - 1)).astype(np.int64)
-    ends = np.append(starts[1:], len(group))
-    has_zero = zero_points is not None
-    zeros = _frozen(zero_points.reshape(-1)) if zero_points is not None else _NO_ZEROS
+    zeros = _NO_ZEROS if zero_points is None else _frozen(zero_points.reshape(-1))
     shape = (codes.shape[0], codes.shape[1], scales.shape[1])
-    runs = (starts, ends, group[starts].astype(np.int64))
-    _dequantize(source, stride, *shape, _frozen(scales.reshape(-1)), zeros, has_zero, *runs, weights.reshape(-1))
+    bounds = (runs.starts, runs.ends, runs.group)
+    _dequantize(
+        _frozen(codes.reshape(-1)), *shape, _frozen(scales.reshape(-1)), zeros, zero_points is not None, *bounds, leaf_cols, weights
+    )
 
 
 def code_range(codes: Array) -> tuple[int, int]:
@@ -121,6 +141,12 @@ def equal(left: Array, right: Array) -> bool:
     return bool(_equal(a, a_stride, b, b_stride, left.shape[0], left.shape[1]))
 
 
+def cast_error(values: Array, stored: Array, smallest_normal: float) -> tuple[float, float]:
+    """Largest relative difference of float32 ``stored`` from ``values``, both vectors: (where it is normal, where it is subnormal or 0)."""
+    rounded, subnormal = _cast_error(_frozen(values), _frozen(stored), np.float32(smallest_normal))
+    return float(rounded), float(subnormal)
+
+
 _NO_ZEROS = np.zeros(1, dtype=np.float32)
 _NO_ZEROS.flags.writeable = False
 
@@ -132,12 +158,20 @@ def _frozen(array: Array) -> Array:
     return view
 
 
-def _mutable(stored: Array, dtype: Any) -> Array:
-    return stored.reshape(-1).view(dtype)
+def _target(stored: Array, dtype: Any) -> tuple[Array, int]:
+    """A 2-D array with contiguous rows as (flat writeable array of ``dtype``, row stride in its elements), without copying."""
+    if stored.flags.c_contiguous:
+        return stored.reshape(-1).view(dtype), stored.shape[1] * stored.itemsize // np.dtype(dtype).itemsize
+    stride = stored.strides[0] // stored.itemsize if stored.shape[0] > 1 else stored.shape[1]
+    length = (stored.shape[0] - 1) * stride + stored.shape[1]
+    flat = np.lib.stride_tricks.as_strided(stored, shape=(length,), strides=(stored.itemsize,)).view(dtype)
+    return flat, stride * stored.itemsize // flat.itemsize
 
 
 def _flat(view: Array) -> tuple[Array, int]:
     """A 2-D array with contiguous rows as (flat read-only array, row stride in elements), without copying."""
+    if view.flags.c_contiguous:
+        return _frozen(view.reshape(-1)), view.shape[1]
     if view.strides[1] != view.itemsize or view.strides[0] < 0 or view.strides[0] % view.itemsize:
         view = np.ascontiguousarray(view)
     stride = view.strides[0] // view.itemsize if view.shape[0] > 1 else view.shape[1]
@@ -160,8 +194,18 @@ def _flat_words(view: Array, word: np.dtype[Any]) -> tuple[Array, int]:
 
 
 def _nibbles(layout: PackLayout) -> bool:
-    """Whether each byte holds two consecutive codes, the first one low, and rows are output channels."""
-    return layout.bits == 4 and layout.word == "i1" and not layout.order and not layout.transposed
+    """Whether each byte holds two consecutive codes, the first one low, and rows are output channels.
+
+    Words along [in] are such bytes too, being little-endian.
+    """
+    plain = layout.bits == 4 and not layout.order and not layout.transposed
+    return plain and (layout.word == "i1" or layout.axis == "in")
+
+
+def _bytes(layout: PackLayout) -> bool:
+    """Whether each byte holds one code, and rows are output channels."""
+    plain = layout.bits == 8 and not layout.order and not layout.transposed and layout.low == -128
+    return plain and (layout.word_dtype.itemsize == 1 or layout.axis == "in")
 
 
 def _word_by_word(layout: PackLayout) -> bool:
@@ -175,6 +219,11 @@ def _shifts(layout: PackLayout) -> Array:
     lanes = 32 // layout.bits
     order = layout.order or tuple(range(lanes))
     return np.asarray(np.argsort(order) * layout.bits, dtype=np.uint32)
+
+
+def _nibble_rows(layout: PackLayout) -> Array:
+    """For each nibble of a word, lowest first, which of its eight rows it holds."""
+    return np.asarray(layout.order or range(8), dtype=np.int64)
 
 
 def _tile_steps(layout: TileLayout, stride: int) -> tuple[int, int]:
@@ -201,7 +250,7 @@ def _stream(layout: PackLayout, shape: tuple[int, ...], stride: int) -> tuple[An
 
 
 @_jit
-def _pack_in_transposed_4(lanes, stride, rows, words, stored, flip):  # type: ignore[no-untyped-def]
+def _pack_in_transposed_4(lanes, stride, rows, words, stored, line_stride, flip):  # type: ignore[no-untyped-def]
     # Fold along a row, where loads and stores are contiguous and LLVM vectorizes; then transpose whole words.
     low = np.uint64(0x0F0F0F0F0F0F0F0F)
     turn = np.uint64(flip)
@@ -219,7 +268,7 @@ def _pack_in_transposed_4(lanes, stride, rows, words, stored, flip):  # type: ig
                     x = (x | (x >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
                     folded[w] = np.uint32((x | (x >> np.uint64(16))) & np.uint64(0xFFFFFFFF))
             for w in range(wn):
-                line = stored[(w0 + w) * rows + r0 : (w0 + w) * rows + r0 + rn]
+                line = stored[(w0 + w) * line_stride + r0 : (w0 + w) * line_stride + r0 + rn]
                 for r in range(rn):
                     line[r] = block[r, w]
 
@@ -249,13 +298,13 @@ def _unpack_in_transposed_4(words, stride, rows, count, codes):  # type: ignore[
 
 
 @_jit
-def _pack_in_transposed_8(lanes, stride, rows, words, stored, flip):  # type: ignore[no-untyped-def]
+def _pack_in_transposed_8(lanes, stride, rows, words, stored, line_stride, flip):  # type: ignore[no-untyped-def]
     turn = np.uint32(flip & np.uint64(0xFFFFFFFF))
     for r0 in range(0, rows, _WORDS):
         r1 = min(r0 + _WORDS, rows)
         for w in range(words):
             for r in range(r0, r1):
-                stored[w * rows + r] = lanes[r * stride + w] ^ turn
+                stored[w * line_stride + r] = lanes[r * stride + w] ^ turn
 
 
 @_jit
@@ -268,7 +317,7 @@ def _unpack_in_transposed_8(words, stride, rows, count, codes):  # type: ignore[
 
 
 @_jit
-def _pack_out_transposed(source, stride, words, cols, stored, shifts, offset, mask):  # type: ignore[no-untyped-def]
+def _pack_out_transposed(source, stride, words, cols, stored, line_stride, shifts, offset, mask):  # type: ignore[no-untyped-def]
     span = len(shifts)
     block = np.empty((_WORDS, 64), dtype=np.uint32)
     for w0 in range(0, words, _WORDS):
@@ -285,9 +334,65 @@ def _pack_out_transposed(source, stride, words, cols, stored, shifts, offset, ma
                     for c in range(cn):
                         lanes[c] |= np.uint32((np.int32(row[c]) + np.int32(offset)) & np.int32(mask)) << shift
             for c in range(cn):
-                line = stored[(c0 + c) * words + w0 : (c0 + c) * words + w0 + wn]
+                line = stored[(c0 + c) * line_stride + w0 : (c0 + c) * line_stride + w0 + wn]
                 for w in range(wn):
                     line[w] = block[w, c]
+
+
+@_jit
+def _pack_out_transposed_4(source, stride, words, cols, stored, line_stride, rows, offset):  # type: ignore[no-untyped-def]
+    # Pair nibbles to bytes, 64 columns at a time, then bytes to words: each step in the narrowest lanes that hold it.
+    block = np.empty((_WORDS, 64), dtype=np.uint32)
+    pairs = np.empty((4, 64), dtype=np.uint8)
+    for w0 in range(0, words, _WORDS):
+        wn = min(_WORDS, words - w0)
+        for c0 in range(0, cols, 64):
+            cn = min(64, cols - c0)
+            for w in range(wn):
+                for k in range(4):
+                    at = ((w0 + w) * 8 + rows[2 * k]) * stride + c0
+                    low = source[at : at + cn]
+                    at = ((w0 + w) * 8 + rows[2 * k + 1]) * stride + c0
+                    high = source[at : at + cn]
+                    pair = pairs[k]
+                    for c in range(cn):
+                        first = np.uint8(np.uint8(low[c]) + offset) & np.uint8(15)
+                        pair[c] = np.uint8(first | np.uint8(np.uint8(np.uint8(high[c]) + offset) << np.uint8(4)))
+                lanes, p0, p1, p2, p3 = block[w], pairs[0], pairs[1], pairs[2], pairs[3]
+                for c in range(cn):
+                    half = np.uint32(p0[c]) | (np.uint32(p1[c]) << np.uint32(8))
+                    lanes[c] = half | (np.uint32(p2[c]) << np.uint32(16)) | (np.uint32(p3[c]) << np.uint32(24))
+            for c in range(cn):
+                line = stored[(c0 + c) * line_stride + w0 : (c0 + c) * line_stride + w0 + wn]
+                for w in range(wn):
+                    line[w] = block[w, c]
+
+
+@_jit
+def _unpack_out_transposed_4(words, stride, count, cols, codes, rows, turn, low):  # type: ignore[no-untyped-def]
+    block = np.empty((_WORDS, 64), dtype=np.uint32)
+    pair = np.empty(64, dtype=np.uint8)
+    for w0 in range(0, count, _WORDS):
+        wn = min(_WORDS, count - w0)
+        for c0 in range(0, cols, 64):
+            cn = min(64, cols - c0)
+            for c in range(cn):
+                line = words[(c0 + c) * stride + w0 : (c0 + c) * stride + w0 + wn]
+                for w in range(wn):
+                    block[w, c] = line[w]
+            for w in range(wn):
+                lanes = block[w]
+                for k in range(4):
+                    shift = np.uint32(8 * k)
+                    for c in range(cn):
+                        pair[c] = np.uint8(lanes[c] >> shift)
+                    at = ((w0 + w) * 8 + rows[2 * k]) * cols + c0
+                    first = codes[at : at + cn]
+                    at = ((w0 + w) * 8 + rows[2 * k + 1]) * cols + c0
+                    second = codes[at : at + cn]
+                    for c in range(cn):
+                        first[c] = np.int8(np.uint8((np.uint8(pair[c] - turn) & np.uint8(15)) + low))
+                        second[c] = np.int8(np.uint8((np.uint8((pair[c] >> np.uint8(4)) - turn) & np.uint8(15)) + low))
 
 
 @_jit
@@ -312,11 +417,11 @@ def _unpack_out_transposed(words, stride, count, cols, codes, shifts, turn, mask
 
 
 @_jit
-def _pack_nibble_rows(source, stride, rows, cols, stored, offset):  # type: ignore[no-untyped-def]
+def _pack_nibble_rows(source, stride, rows, cols, stored, line_stride, offset):  # type: ignore[no-untyped-def]
     for r in range(rows):
         first = source[2 * r * stride : 2 * r * stride + cols]
         second = source[(2 * r + 1) * stride : (2 * r + 1) * stride + cols]
-        packed = stored[r * cols : (r + 1) * cols]
+        packed = stored[r * line_stride : r * line_stride + cols]
         for c in range(cols):
             low = (np.int32(first[c]) + np.int32(offset)) & np.int32(15)
             high = (np.int32(second[c]) + np.int32(offset)) & np.int32(15)
@@ -324,10 +429,10 @@ def _pack_nibble_rows(source, stride, rows, cols, stored, offset):  # type: igno
 
 
 @_jit
-def _pack_nibble_columns(source, stride, rows, cols, stored, offset):  # type: ignore[no-untyped-def]
+def _pack_nibble_columns(source, stride, rows, cols, stored, line_stride, offset):  # type: ignore[no-untyped-def]
     for r in range(rows):
         row = source[r * stride : r * stride + 2 * cols]
-        packed = stored[r * cols : (r + 1) * cols]
+        packed = stored[r * line_stride : r * line_stride + cols]
         for c in range(cols):
             low = (np.int32(row[2 * c]) + np.int32(offset)) & np.int32(15)
             high = (np.int32(row[2 * c + 1]) + np.int32(offset)) & np.int32(15)
@@ -438,18 +543,37 @@ def _unpack_tiles(  # type: ignore[no-untyped-def]
 
 @_jit
 def _dequantize(  # type: ignore[no-untyped-def]
-    codes, stride, rows, cols, groups, scales, zeros, has_zero, starts, ends, run_group, weights
+    codes, rows, cols, groups, scales, zeros, has_zero, starts, ends, run_group, leaf_cols, weights
 ):
     nought = np.float32(0.0)
-    for r in range(rows):
-        for run in range(len(starts)):
-            scale = scales[r * groups + run_group[run]]
-            zero = zeros[r * groups + run_group[run]] if has_zero else nought
-            count = ends[run] - starts[run]
-            code_run = codes[r * stride + starts[run] : r * stride + ends[run]]
-            weight_run = weights[r * cols + starts[run] : r * cols + ends[run]]
+    for run in range(len(starts)):
+        first = starts[run] // leaf_cols * leaf_cols
+        width = min(leaf_cols, cols - first)
+        count = ends[run] - starts[run]
+        group = run_group[run]
+        for r in range(rows):
+            scale = scales[r * groups + group]
+            zero = zeros[r * groups + group] if has_zero else nought
+            at = r * cols + starts[run]
+            to = first * rows + r * width + starts[run] - first
+            code_run, weight_run = codes[at : at + count], weights[to : to + count]
             for c in range(count):
                 weight_run[c] = scale * (np.float32(code_run[c]) - zero) + nought
+
+
+@_jit
+def _cast_error(values, stored, smallest_normal):  # type: ignore[no-untyped-def]
+    rounded = np.float32(0.0)
+    subnormal = np.float32(0.0)
+    for i in range(len(values)):
+        error = abs(stored[i] - values[i])
+        if error > 0:
+            relative = error / abs(values[i])
+            if abs(stored[i]) >= smallest_normal:
+                rounded = max(rounded, relative)
+            else:
+                subnormal = max(subnormal, relative)
+    return rounded, subnormal
 
 
 @_jit

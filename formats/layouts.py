@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from .errors import UnreadableError, WeighbridgeError
-from .ir import Array
+from .ir import Array, ArrayLike, read
+from .workspace import Workspace, empty
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -49,6 +50,11 @@ class Layout(Protocol):
     @property
     def is_verbatim(self) -> bool: ...
 
+    @property
+    def transposed(self) -> bool:
+        """Whether a stored row runs along out, so that the matrix is stored by input."""
+        ...
+
     def stored_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Shape of the stored tensor for a canonical matrix of ``shape``."""
         ...
@@ -61,12 +67,14 @@ class Layout(Protocol):
         """Where canonical [row, col], at a border of the layout, lies in the stored array."""
         ...
 
-    def pack(self, codes: Array) -> Array:
-        """Canonical integers -> a new stored array."""
+    def pack(self, codes: Array, stored: Array | None = None) -> Array:
+        """Canonical integers -> a stored array: a new one, or ``stored``, whose rows are contiguous."""
         ...
 
-    def unpack(self, stored: Array, rows: slice = slice(None), cols: slice = slice(None), dtype: str = "i1") -> Array:
-        """A rectangle of the canonical matrix out of the whole ``stored`` array."""
+    def unpack(
+        self, stored: ArrayLike, rows: slice = slice(None), cols: slice = slice(None), dtype: str = "i1", work: Workspace | None = None
+    ) -> Array:
+        """A rectangle of the canonical matrix out of the whole ``stored`` array; ``work`` may hold it."""
         ...
 
 
@@ -133,30 +141,37 @@ class PackLayout:
             col = col * self.bits // word_bits
         return (col, row) if self.transposed else (row, col)
 
-    def pack(self, codes: Array) -> Array:
-        """Canonical integer ``[out, x]`` -> a new stored array. Codes outside the lane's range raise ``WeighbridgeError``."""
+    def pack(self, codes: Array, stored: Array | None = None) -> Array:
+        """Canonical integer ``[out, x]`` -> a stored array: a new one, or ``stored``, whose rows are contiguous.
+
+        Codes outside the lane's range raise ``WeighbridgeError``.
+        """
         _check_lanes(codes, self.bits, self.low)
-        stored = np.empty(self.stored_shape((codes.shape[0], codes.shape[1])), dtype=self.word_dtype)
+        stored = _place_for(self, codes, stored)
         engine = kernels() if self._in_bytes else None
-        if engine is None:
+        if engine is None or not codes.size:
             stored[...] = pack_reference(self, codes)
         else:
             engine.pack(self, codes.astype(np.int8, copy=False), stored)
         return stored
 
-    def unpack(self, stored: Array, rows: slice = slice(None), cols: slice = slice(None), dtype: str = "i1") -> Array:
+    def unpack(
+        self, stored: ArrayLike, rows: slice = slice(None), cols: slice = slice(None), dtype: str = "i1", work: Workspace | None = None
+    ) -> Array:
         """A rectangle of the canonical matrix out of the whole ``stored`` array.
 
         ``rows`` and ``cols`` are canonical; along the packed axis they must begin at a multiple of ``span``.
-        A layout that stores one code per byte as it is gives a view, without copying.
+        A layout that stores one code per byte as it is gives what it reads, without copying.
         """
         if self.is_verbatim and dtype == "i1":
-            return (stored.T if self.transposed else stored)[rows, cols]
+            return read(stored, cols, rows, work).T if self.transposed else read(stored, rows, cols, work)
+        part = read(stored, *self._cut(stored, rows, cols), work)
         engine = kernels() if self._in_bytes else None
-        part = self._cut(stored, rows, cols)
-        if engine is None:
+        if engine is None or not part.size:
             return unpack_reference(self, part, dtype)
-        return np.asarray(engine.unpack(self, part)).astype(dtype, copy=False)
+        codes = empty(work, "codes", self.canonical_shape((part.shape[0], part.shape[1])), np.int8)
+        engine.unpack(self, part, codes)
+        return codes.astype(dtype, copy=False)
 
     @property
     def _in_bytes(self) -> bool:
@@ -168,8 +183,8 @@ class PackLayout:
         """Whether a stored byte is the code itself."""
         return self.bits == 8 and self.word_dtype == np.int8 and not self.order and self.offset == 0 and self.low == -128
 
-    def _cut(self, stored: Array, rows: slice, cols: slice) -> Array:
-        """The part of ``stored`` that holds the canonical rectangle."""
+    def _cut(self, stored: ArrayLike, rows: slice, cols: slice) -> tuple[slice, slice]:
+        """The rectangle of ``stored`` that holds the canonical one."""
         shape = self.canonical_shape((stored.shape[0], stored.shape[1]))
         cuts = []
         for axis, cut, length in (("out", rows, shape[0]), ("in", cols, shape[1])):
@@ -182,14 +197,32 @@ class PackLayout:
                 word_bits = 8 * self.word_dtype.itemsize
                 start, stop = start * self.bits // word_bits, stop * self.bits // word_bits
             cuts.append(slice(start, stop))
-        return stored[cuts[1], cuts[0]] if self.transposed else stored[cuts[0], cuts[1]]
+        return (cuts[1], cuts[0]) if self.transposed else (cuts[0], cuts[1])
+
+
+def _place_for(layout: Layout, codes: Array, stored: Array | None) -> Array:
+    """Where ``codes`` will be packed: ``stored`` if its shape and dtype fit, or a new array."""
+    shape = layout.stored_shape((codes.shape[0], codes.shape[1]))
+    if stored is None:
+        return np.empty(shape, dtype=layout.word_dtype)
+    if stored.shape != shape or stored.dtype != layout.word_dtype:
+        raise WeighbridgeError(f"codes {list(codes.shape)} take {layout.word_dtype} {list(shape)}, not {stored.dtype} {list(stored.shape)}")
+    return stored
+
+
+def code_range(codes: Array) -> tuple[int, int]:
+    """Smallest and largest of integer ``codes`` that are not empty."""
+    engine = kernels() if codes.dtype == np.int8 and codes.ndim == 2 else None
+    return (int(codes.min()), int(codes.max())) if engine is None else engine.code_range(codes)
 
 
 def _check_lanes(codes: Array, bits: int, low: int) -> None:
-    if codes.size and not (low <= int(codes.min()) and int(codes.max()) < low + (1 << bits)):
+    if not codes.size or (codes.dtype == np.int8 and bits == 8 and low == -128):
+        return
+    smallest, largest = code_range(codes)
+    if smallest < low or largest >= low + (1 << bits):
         raise WeighbridgeError(
-            f"codes from {int(codes.min())} to {int(codes.max())} do not fit lanes of {bits} bits "
-            f"that hold {low} to {low + (1 << bits) - 1}"
+            f"codes from {smallest} to {largest} do not fit lanes of {bits} bits that hold {low} to {low + (1 << bits) - 1}"
         )
 
 
@@ -252,18 +285,23 @@ class TileLayout:
         out, in_ = row // self.tile[0], col // self.tile[1]
         return (in_, out * self.words) if self.transposed else (out, in_ * self.words)
 
-    def pack(self, codes: Array) -> Array:
-        """Canonical integer ``[out, in]`` of whole tiles -> a new stored array; codes that do not fit raise ``WeighbridgeError``."""
+    def pack(self, codes: Array, stored: Array | None = None) -> Array:
+        """Canonical integer ``[out, in]`` of whole tiles -> a stored array: a new one, or ``stored``, whose rows are contiguous.
+
+        Codes outside the lane's range raise ``WeighbridgeError``.
+        """
         _check_lanes(codes, self.bits, self.low)
-        shape = self.stored_shape((codes.shape[0], codes.shape[1]))
+        stored = _place_for(self, codes, stored)
         engine = self._engine()
         if engine is None or not codes.size:
-            return pack_tiles_reference(self, codes)
-        stored = np.empty(shape, dtype=self.word_dtype)
-        engine.pack_tiles(self, codes.astype(np.int8, copy=False), stored)
+            stored[...] = pack_tiles_reference(self, codes)
+        else:
+            engine.pack_tiles(self, codes.astype(np.int8, copy=False), stored)
         return stored
 
-    def unpack(self, stored: Array, rows: slice = slice(None), cols: slice = slice(None), dtype: str = "i1") -> Array:
+    def unpack(
+        self, stored: ArrayLike, rows: slice = slice(None), cols: slice = slice(None), dtype: str = "i1", work: Workspace | None = None
+    ) -> Array:
         """A rectangle of whole tiles of the canonical matrix out of the whole ``stored`` array."""
         shape = self.canonical_shape((stored.shape[0], stored.shape[1]))
         cuts = []
@@ -274,11 +312,13 @@ class TileLayout:
             cuts.append((start, max(stop, start)))
         (row, end_row), (col, end_col) = cuts
         begin, end = self.corner(row, col), self.corner(end_row, end_col)
-        part = stored[begin[0] : end[0], begin[1] : end[1]]
+        part = read(stored, slice(begin[0], end[0]), slice(begin[1], end[1]), work)
         engine = self._engine()
         if engine is None or not part.size:
             return unpack_tiles_reference(self, part, dtype)
-        return np.asarray(engine.unpack_tiles(self, part)).astype(dtype, copy=False)
+        codes = empty(work, "codes", self.canonical_shape((part.shape[0], part.shape[1])), np.int8)
+        engine.unpack_tiles(self, part, codes)
+        return codes.astype(dtype, copy=False)
 
     def _engine(self) -> ModuleType | None:
         """The kernels, where a word holds whole lanes and a code fits their int8."""
@@ -295,7 +335,7 @@ class PackedMatrix:
     """
 
     layout: Layout
-    stored: Array
+    stored: ArrayLike
     dtype_name: str = "i1"
     width: int | None = None
 
@@ -308,11 +348,11 @@ class PackedMatrix:
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(self.dtype_name)
 
-    def read(self, rows: slice = slice(None), cols: slice = slice(None)) -> Array:
+    def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
         """Codes ``[rows, cols]``; cuts along the packed axis at multiples of the layout's span."""
         if self.width is not None:
-            return self.layout.unpack(self.stored, rows, dtype=self.dtype_name)[:, : self.width][:, cols]
-        return self.layout.unpack(self.stored, rows, cols, self.dtype_name)
+            return self.layout.unpack(self.stored, rows, dtype=self.dtype_name, work=work)[:, : self.width][:, cols]
+        return self.layout.unpack(self.stored, rows, cols, self.dtype_name, work)
 
 
 def pack_reference(layout: PackLayout, codes: Array) -> Array:

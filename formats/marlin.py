@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from .ir import Array
+from .ir import Array, ArrayLike, read
 from .layouts import TileLayout
+from .workspace import Workspace
 
 
 def _tile_order() -> tuple[int, ...]:
@@ -44,7 +45,7 @@ def scale_order(groups: int) -> tuple[int, ...]:
 class PermutedScales:
     """Marlin's scales, stored [groups, out] in ``scale_order``, as [out, groups] (``LazyArray``)."""
 
-    stored: Array
+    stored: ArrayLike
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,8 +55,10 @@ class PermutedScales:
     def dtype(self) -> np.dtype[Any]:
         return self.stored.dtype
 
-    def read(self, rows: slice = slice(None), cols: slice = slice(None)) -> Array:
+    def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
         order = scale_order(self.stored.shape[0])
         output = np.arange(self.stored.shape[1])[rows]
         place = output // len(order) * len(order) + np.argsort(order)[output % len(order)]
-        return np.asarray(self.stored.T[place][:, cols])
+        first = int(place.min(initial=self.shape[0]))
+        near = read(self.stored, cols, slice(first, int(place.max(initial=first)) + 1))
+        return np.ascontiguousarray(near.T[place - first])

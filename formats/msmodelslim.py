@@ -41,6 +41,7 @@ Quirks that this reader handles:
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -53,7 +54,6 @@ from .checkpoint import Checkpoint, Finding, IntegralZeros, LeftOut, Location, U
 from .errors import UnreadableError
 from .ir import QuantArgs, QuantizedLinear, QuantScheme, Strategy
 from .layouts import PackedMatrix, PackLayout
-from .safetensors_file import read_json
 from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
 BITS = {"W4A16": 4, "W8A16": 8}
@@ -80,6 +80,8 @@ RMS_NORM_MODELS = frozenset(
 )
 """config.json model_type values whose norms are RMSNorm: no bias in the Hugging Face model."""
 
+LAYER_PARTS = ("weight", "weight_scale", "weight_offset", "bias")
+
 CONTAINER = PackLayout(bits=8, word="i1", low=-128)
 """One code a byte."""
 PACKED_ROWS = PackLayout(bits=4, word="i1", axis="out", low=-8)
@@ -93,7 +95,7 @@ def detect(location: Location) -> str | None:
     description = find_description(location)
     if description is None:
         return None
-    if "version" not in read_json(description):
+    if "version" not in location.read_json(description):
         return "safe_tensor"
     return "v1" if any(name.startswith("quant_model_weights") for name in location.names) else "ascendv1"
 
@@ -114,6 +116,11 @@ def find_description(location: Location) -> Path | None:
     return location.folder / found[0] if found else None
 
 
+def _types(description: dict[str, Any]) -> dict[str, str]:
+    """The type of every tensor that the description names."""
+    return {sys.intern(key): sys.intern(value) for key, value in description.items() if isinstance(value, str) and key not in NOT_TENSORS}
+
+
 class MsModelSlim(Checkpoint):
     """Reader of W4A16 and W8A16 folders of both generations; other types are listed as unsupported."""
 
@@ -121,10 +128,11 @@ class MsModelSlim(Checkpoint):
         path = find_description(location)
         if path is None:
             raise UnreadableError(f"{location.folder.name}: no quant_model_description*.json beside the weights")
-        description = read_json(path)
+        description = location.read_json(path)
+        packed, types = "version" in description, _types(description)
+        del description  # before the headers are read: either is large for a model of many experts
         super().__init__(location, "msmodelslim", variant, location.tensors("quant_model_weight"))
-        self._packed = "version" in description
-        self._types = {key: value for key, value in description.items() if isinstance(value, str) and key not in NOT_TENSORS}
+        self._packed, self._types = packed, types
         self._bits: dict[str, int] = {}
         self._model_type = self.model_type
         self._check_description(path.name)
@@ -142,7 +150,7 @@ class MsModelSlim(Checkpoint):
         """Give every stored tensor its place: part of a layer, plain, left out, or a reason to refuse."""
         unsupported: dict[str, str] = {}
         for tensor, type_ in self._types.items():
-            module, _, leaf = tensor.rpartition(".")
+            module, _, leaf = map(sys.intern, tensor.rpartition("."))
             if leaf == "weight" and type_ != "FLOAT" and not self._is_norm_copy(module):
                 if type_ in BITS:
                     self._bits[module] = BITS[type_]
@@ -151,12 +159,9 @@ class MsModelSlim(Checkpoint):
                 else:
                     raise UnreadableError(f"{description}: {tensor!r} has the unknown type {type_!r}")
         self.unsupported = [Unsupported(name, type_, f"type {type_} is not read yet") for name, type_ in unsupported.items()]
-        owned: set[str] = set()
-        for module in self._bits:
-            owned.update(self.layer_tensors(module))
         for tensor in self.tensors:
-            module, _, leaf = tensor.rpartition(".")
-            if tensor in owned:
+            module, _, leaf = map(sys.intern, tensor.rpartition("."))
+            if module in self._bits and leaf in LAYER_PARTS:
                 if leaf == "weight":
                     self.entries.append(("layer", module))
             elif FUNCTIONAL.search(tensor):
@@ -209,8 +214,7 @@ class MsModelSlim(Checkpoint):
         return f"{module}.module.weight" in self.tensors
 
     def layer_tensors(self, name: str) -> tuple[str, ...]:
-        parts = ("weight", "weight_scale", "weight_offset", "bias")
-        return tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in self.tensors)
+        return tuple(f"{name}.{part}" for part in LAYER_PARTS if f"{name}.{part}" in self.tensors)
 
     def layer(self, name: str) -> QuantizedLinear:
         bits = self._bits[name]
@@ -227,12 +231,12 @@ class MsModelSlim(Checkpoint):
         if scale.dtype not in {"F16", "BF16", "F32"}:
             raise UnreadableError(f"{name}: weight_scale is {scale.dtype}, wanted a float dtype")
         layout = self._layout(bits, stored.shape, scale.shape)
-        codes = PackedMatrix(layout, self.tensors.array(f"{name}.weight"))
+        codes = PackedMatrix(layout, self.tensors.tensor(f"{name}.weight"))
         strategy, group_size = _strategy(name, codes.shape, scale.shape)
         zeros = self._zero_points(name, bits, scale.shape)
         weights = QuantArgs(bits, "int", zeros is None, strategy, group_size)
-        bias = self.tensors.array(f"{name}.bias") if f"{name}.bias" in self.tensors else None
-        scales = self.tensors.array(f"{name}.weight_scale")
+        bias = self.tensors.tensor(f"{name}.bias") if f"{name}.bias" in self.tensors else None
+        scales = self.tensors.tensor(f"{name}.weight_scale")
         layer = QuantizedLinear(name, codes.shape, QuantScheme(weights), codes, scales, zeros, bias=bias)
         layer.check()
         return layer
@@ -246,12 +250,11 @@ class MsModelSlim(Checkpoint):
         tensor = f"{name}.weight_offset"
         if tensor not in self.tensors:
             return None
-        stored: Any = self.tensors.array(tensor)
+        stored: Any = self.tensors.tensor(tensor)
         if stored.shape != scale:
             raise UnreadableError(f"{name}: weight_offset has shape {list(stored.shape)}, weight_scale {list(scale)}; they must agree")
-        return IntegralZeros(
-            tensor, stored.reshape(1, 1) if stored.ndim == 1 else np.asarray(stored), -(1 << bits - 1), (1 << bits - 1) - 1
-        )
+        matrix = stored.reshape(1, -1) if isinstance(stored, np.ndarray) else stored.as_matrix()
+        return IntegralZeros(tensor, matrix if stored.ndim == 1 else stored, -(1 << bits - 1), (1 << bits - 1) - 1)
 
 
 def _strategy(name: str, shape: tuple[int, int], scale: tuple[int, ...]) -> tuple[Strategy, int | None]:

@@ -6,12 +6,13 @@ module, in any shard. Parts without a key tensor are what is left of a layer, so
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from .checkpoint import Checkpoint, Location
 from .errors import UnreadableError
-from .ir import Array
+from .ir import ArrayLike
 from .safetensors_file import TensorSet
 
 FLOATS = ("F16", "BF16", "F32")
@@ -28,7 +29,7 @@ def entries_of(tensors: Iterable[str], parts: Sequence[str], stored: TensorSet) 
     """
     key, entries = parts[0], list[Entry]()
     for tensor in tensors:
-        module, _, leaf = tensor.rpartition(".")
+        module, _, leaf = map(sys.intern, tensor.rpartition("."))
         is_layer = leaf in parts and f"{module}.{key}" in stored
         if is_layer and leaf == key:
             entries.append(("layer", module))
@@ -60,16 +61,21 @@ class QweightCheckpoint(Checkpoint):
                 found = "is missing" if info is None else f"is {info.dtype} {list(info.shape)}"
                 raise UnreadableError(f"{name}: {part} {found}; {layout}")
 
-    def part(self, name: str, part: str) -> Array:
-        """The stored tensor, as a view."""
-        return self.tensors.array(f"{name}.{part}")
+    def part(self, name: str, part: str) -> Any:
+        """The stored tensor, unread."""
+        return self.tensors.tensor(f"{name}.{part}")
 
-    def bias(self, name: str) -> Array | None:
-        """The layer's bias, if one is stored."""
-        return self.part(name, "bias") if f"{name}.bias" in self.tensors else None
+    def bias(self, name: str) -> ArrayLike | None:
+        """The layer's bias, if one is stored; UnreadableError if it is not one of floats in one dimension."""
+        info = self.tensors.get(f"{name}.bias")
+        if info is None:
+            return None
+        if info.dtype not in FLOATS or len(info.shape) != 1:
+            raise UnreadableError(f"{name}: bias is {info.dtype} {list(info.shape)}, wanted one float for each output")
+        return self.tensors.tensor(f"{name}.bias")
 
     def check_group_size(self, name: str, in_: int, group_size: int, said: Any) -> None:
         """UnreadableError if the config says another group size than the shapes do."""
         wanted = in_ if said == -1 else said
         if wanted is not None and wanted != group_size:
-            raise UnreadableError(f"{name}: shapes say group_size {group_size}, the config says {said}; correct the config")
+            raise UnreadableError(f"{name}: shapes say group_size {group_size}, the config says {said!r}; correct the config")

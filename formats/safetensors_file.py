@@ -1,4 +1,4 @@
-"""safetensors files: a header parser that trusts nothing, memory-mapped tensors, and a writer that lays files out first.
+"""safetensors files: a header parser that trusts nothing, tensors read by position, and a writer that lays files out first.
 
 The format (huggingface/safetensors, README "Format"): 8 bytes little-endian header length; a JSON object
 ``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}``; then the data.
@@ -16,12 +16,16 @@ element size; the writer here does the same, so that every tensor is aligned to 
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 import json
 import math
-import mmap
 import os
+import sys
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +34,9 @@ import numpy as np
 import xxhash
 
 from .errors import HeaderError, UnreadableError
-from .ir import Array
+from .files import ReadableFile
+from .ir import Array, ArrayLike
+from .stored_tensor import StoredTensor
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 32
@@ -77,6 +83,101 @@ class TensorInfo:
         return self.end - self.begin
 
 
+class TensorTable(Mapping[str, TensorInfo]):
+    """The tensors of a file by name, in the order of their data, in columns: a model may have hundreds of thousands."""
+
+    def __init__(self, file: int = 0) -> None:
+        self._names: list[str] = []
+        self._dtypes: list[str] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._bounds = array("q")
+        self._rows: dict[str, int] = {}
+        self._file = file
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int) -> None:
+        """Append a tensor."""
+        self._names.append(name)
+        self._dtypes.append(sys.intern(dtype))
+        self._shapes.append(_same_tuple(shape))
+        self._bounds.append(begin)
+        self._bounds.append(end)
+
+    def row(self, number: int) -> TensorInfo:
+        """The tensor with this number, in the order of the data."""
+        begin, end = self._bounds[2 * number], self._bounds[2 * number + 1]
+        return TensorInfo(self._dtypes[number], self._shapes[number], begin, end, self._file)
+
+    def _by_name(self) -> dict[str, int]:
+        """Numbers by name; made when first asked for, since a set of files has a list of its own."""
+        if len(self._rows) != len(self._names):
+            self._rows = {name: number for number, name in enumerate(self._names)}
+        return self._rows
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self.row(self._by_name()[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def items(self) -> Any:
+        return zip(self._names, self.values(), strict=True)
+
+    def values(self) -> Any:
+        return map(self.row, range(len(self._names)))
+
+    def copy_for(self, file: int) -> TensorTable:
+        """The same tensors, as those of another file of a set; columns are shared."""
+        twin = TensorTable(file)
+        twin._names, twin._dtypes, twin._shapes, twin._bounds = self._names, self._dtypes, self._shapes, self._bounds
+        return twin
+
+
+class TensorIndex(Mapping[str, TensorInfo]):
+    """The tensors of several tables under one mapping.
+
+    clash   is called with a name that is there twice and the numbers of its tables; it raises
+    """
+
+    def __init__(self, tables: Sequence[TensorTable], clash: Callable[[str, int, int], None]) -> None:
+        self._tables = tables
+        self._starts = list(itertools.accumulate((len(table) for table in tables), initial=0))
+        self._numbers: dict[str, int] = {}
+        for table, start in zip(tables, self._starts, strict=False):
+            for number, name in enumerate(table, start):
+                if self._numbers.setdefault(name, number) != number:
+                    clash(name, self.table_of(name), bisect.bisect_right(self._starts, number) - 1)
+
+    def table_of(self, name: str) -> int:
+        """The number of the table that holds ``name``."""
+        return bisect.bisect_right(self._starts, self._numbers[name]) - 1
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        number = self._numbers[name]
+        table = bisect.bisect_right(self._starts, number) - 1
+        return replace(self._tables[table].row(number - self._starts[table]), file=table)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+
+@functools.lru_cache(maxsize=4096)
+def _same_tuple(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``shape``, as one object for equal ones."""
+    return shape
+
+
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     """Identity of an input file: enough to notice that it changed. ``digest`` is XXH3-128 of its header."""
@@ -93,23 +194,29 @@ def nbytes(dtype: str, shape: Sequence[int]) -> int:
     return count // 2 if dtype == "F4" else count * DTYPES[dtype].itemsize
 
 
-def load_json(text: bytes, what: str) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN or Infinity. ``what`` names the text in errors."""
+def load_json(text: bytes, what: str, compact: Callable[[dict[str, Any]], Any] = lambda found: found) -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN or Infinity.
+
+    what      names the text in errors; compact: what to keep of each object instead of a dictionary
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
+        result = {sys.intern(key): value for key, value in pairs}
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise HeaderError(f"{what}: the key {twice!r} is there twice; which one counts cannot be known")
-        return result
+        return compact(result)  # type: ignore[no-any-return]
 
     def constant(name: str) -> Any:
         raise HeaderError(f"{what}: {name} is not JSON")
 
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-        if b"\\u" in text:  # an escape may name half of a surrogate pair, which no text holds
+        escaped, decoded = b"\\u" in text, text.decode("utf-8")
+        del text  # a list of all tensors is large enough to be held once only
+        document = json.loads(decoded, object_pairs_hook=unique, parse_constant=constant)
+        del decoded
+        if escaped:  # an escape may name half of a surrogate pair, which no text holds
             json.dumps(document, ensure_ascii=False).encode()
         return document
     except UnicodeDecodeError as error:
@@ -122,25 +229,23 @@ def load_json(text: bytes, what: str) -> Any:
         raise HeaderError(f"{what}: not valid JSON ({error})") from None
 
 
-def parse_header(
-    header: bytes, name: str, data_start: int, file_size: int, number: int = 0
-) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def parse_header(header: bytes, name: str, data_start: int, file_size: int, number: int = 0) -> tuple[TensorTable, dict[str, str]]:
     """Check a header against every rule of the module docstring.
 
     header        the JSON bytes; name: the file, for errors; data_start, file_size in bytes; number: the file's, in its set
     returns       ({tensor: info}, metadata), tensors in the order of their data
     raises        HeaderError
     """
-    root = load_json(header, f"{name}: header")
+    root = load_json(header, f"{name}: header", _compact)
     if not isinstance(root, dict):
         raise HeaderError(f"{name}: the header is a JSON {type(root).__name__}, wanted an object")
     metadata = root.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderError(f"{name}: __metadata__ must map strings to strings")
-    tensors = {key: _parse_tensor(key, entry, name, data_start, number) for key, entry in root.items()}
-    ordered = sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end))
-    expected = data_start
-    for key, info in ordered:
+    for key, entry in root.items():
+        root[key] = _parse_tensor(key, entry, name, data_start, number)
+    expected, table = data_start, TensorTable(number)
+    for key, info in sorted(root.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.end > file_size:
             raise HeaderError(
                 f"{name}: tensor {key!r} ends at byte {info.end}, but the file has {file_size}; it is truncated: copy it again"
@@ -149,15 +254,30 @@ def parse_header(
             how = "overlaps the tensor before it" if info.begin < expected else "leaves a gap before it"
             raise HeaderError(f"{name}: tensor {key!r} begins at byte {info.begin}, wanted {expected}: it {how}")
         expected = info.end
+        table.add(sys.intern(key), info.dtype, info.shape, info.begin, info.end)
     if expected != file_size:
         raise HeaderError(f"{name}: {file_size - expected} bytes follow the last tensor; they belong to nothing")
-    return dict(ordered), metadata
+    return table, metadata
+
+
+def _compact(found: dict[str, Any]) -> Any:
+    """An entry of a header as a tuple, which is a third of a dictionary, where it has nothing wrong in its types."""
+    if found.keys() != {"dtype", "shape", "data_offsets"}:
+        return found
+    dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
+    lists = (shape, offsets)
+    if type(dtype) is not str or not all(type(value) is list and all(type(number) is int for number in value) for value in lists):
+        return found
+    return sys.intern(dtype), _same_tuple(tuple(shape)), tuple(offsets)
 
 
 def _parse_tensor(key: str, entry: Any, name: str, data_start: int, number: int) -> TensorInfo:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if isinstance(entry, tuple):
+        dtype, shape, offsets = entry[0], list(entry[1]), list(entry[2])
+    elif not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise HeaderError(f"{name}: tensor {key!r} must have exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    else:
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or (dtype not in DTYPES and dtype != "F4"):
         raise HeaderError(f"{name}: tensor {key!r} has the unknown dtype {dtype!r}")
     for what, value in (("shape", shape), ("data_offsets", offsets)):
@@ -178,52 +298,44 @@ def _parse_tensor(key: str, entry: Any, name: str, data_start: int, number: int)
 
 
 class SafetensorsFile:
-    """One open safetensors file: validated header, read-only memory map, tensors as views. Never written."""
+    """One safetensors file: a header that was checked, and tensors that are read when asked for. Never written, never mapped."""
+
+    exempt = 0
 
     def __init__(self, path: Path, number: int = 0) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                prefix = file.read(8)
-                if len(prefix) < 8:
-                    raise HeaderError(f"{path.name}: {len(prefix)} bytes long; a safetensors file begins with an 8-byte length")
-                length = int.from_bytes(prefix, "little")
-                if length > MAX_HEADER_BYTES or 8 + length > status.st_size:
-                    raise HeaderError(
-                        f"{path.name}: the header claims {length} bytes, but the file has {status.st_size} "
-                        f"(and {MAX_HEADER_BYTES} is the most a header may have); it is truncated or not safetensors"
-                    )
-                header = file.read(length)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise UnreadableError(f"{path.name}: cannot be read ({error.strerror or error})") from None
-        self.tensors, self.metadata = parse_header(header, path.name, 8 + length, status.st_size, number)
-        digest = xxhash.xxh3_128_hexdigest(header)
-        self.identity = SourceFile(path.name, status.st_size, status.st_mtime_ns, digest)
+        self._file = ReadableFile(path)
+        size = self._file.size
+        if size < 8:
+            raise HeaderError(f"{path.name}: {size} bytes long; a safetensors file begins with an 8-byte length")
+        length = int.from_bytes(self._file.read(0, 8), "little")
+        if length > MAX_HEADER_BYTES or 8 + length > size:
+            raise HeaderError(
+                f"{path.name}: the header claims {length} bytes, but the file has {size} "
+                f"(and {MAX_HEADER_BYTES} is the most a header may have); it is truncated or not safetensors"
+            )
+        header = self._file.read(8, length)
+        self.tensors, self.metadata = parse_header(header, path.name, 8 + length, size, number)
+        self.identity = SourceFile(path.name, size, self._file.mtime_ns, xxhash.xxh3_128_hexdigest(header))
+
+    def tensor(self, name: str, info: TensorInfo | None = None) -> StoredTensor:
+        """The tensor (F4 as its bytes), unread. info: its own, if it is at hand."""
+        return stored_tensor(self._file, name, info or self.tensors[name])
 
     def array(self, name: str) -> Array:
-        """The tensor as a read-only view of the mapped file (F4 as its bytes); nothing is copied."""
-        info = self.tensors[name]
-        dtype = DTYPES.get(info.dtype, np.dtype("u1"))
-        flat = np.frombuffer(self._map, dtype, count=info.nbytes // dtype.itemsize, offset=info.begin)
-        return flat if info.dtype == "F4" else flat.reshape(info.shape)
-
-    def release(self, name: str) -> None:
-        """Give back the pages of a tensor that has been read, so that resident memory does not grow."""
-        info = self.tensors[name]
-        begin = -(-info.begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = info.end // mmap.PAGESIZE * mmap.PAGESIZE - begin
-        if length > 0 and hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED, begin, length)
+        """The whole tensor in memory: for small ones."""
+        return self.tensor(name).read()
 
     def unchanged(self) -> bool:
-        """Whether the file on disk still has the size and time it had when it was opened."""
-        try:
-            status = self.path.stat()
-        except OSError:
-            return False
-        return (status.st_size, status.st_mtime_ns) == (self.identity.size, self.identity.mtime_ns)
+        """Whether the file on disk still is the one that was opened, with its size and time."""
+        return self._file.unchanged()
+
+
+def stored_tensor(file: ReadableFile, name: str, info: TensorInfo) -> StoredTensor:
+    """The tensor that ``info`` says lies in ``file``; F4 as its bytes, uint8 in one row."""
+    dtype = DTYPES.get(info.dtype, np.dtype("u1"))
+    shape = (info.nbytes,) if info.dtype == "F4" else info.shape
+    return StoredTensor(file, name, dtype, shape, info.begin, shape[-1] if shape else 1)
 
 
 class StoredFile(Protocol):
@@ -232,18 +344,16 @@ class StoredFile(Protocol):
     path: Path
     identity: SourceFile
     metadata: dict[str, str]
+    exempt: int
+    """Bytes that reading it may hold in memory whatever limit is set."""
 
     @property
-    def tensors(self) -> dict[str, TensorInfo]:
+    def tensors(self) -> TensorTable:
         """Every tensor by name, in the order of the data."""
         ...
 
-    def array(self, name: str) -> Array:
-        """The tensor as a read-only view."""
-        ...
-
-    def release(self, name: str) -> None:
-        """Give back the pages of a tensor that has been read."""
+    def tensor(self, name: str, info: TensorInfo | None = None) -> ArrayLike:
+        """The tensor, unread where the container allows it. info: its own, if it is at hand."""
         ...
 
     def unchanged(self) -> bool:
@@ -262,59 +372,63 @@ class TensorSet(Mapping[str, TensorInfo]):
         opener: Callable[[Path, int], StoredFile] = SafetensorsFile,
     ) -> None:
         self.files = [opener(path, number) for number, path in enumerate(files)]
-        self._tensors: dict[str, TensorInfo] = {}
-        for file in self.files:
-            for name, info in file.tensors.items():
-                if name in self._tensors:
-                    other = self.files[self._tensors[name].file].path.name
-                    raise HeaderError(f"tensor {name!r} is in {other} and again in {file.path.name}; which one counts cannot be known")
-                self._tensors[name] = info
+        self._index = TensorIndex([file.tensors for file in self.files], self._clash)
         if weight_map is not None:
             self._check_index(weight_map, index)
 
+    def _clash(self, name: str, first: int, second: int) -> None:
+        where = f"in {self.files[first].path.name} and again in {self.files[second].path.name}"
+        raise HeaderError(f"tensor {name!r} is {where}; which one counts cannot be known")
+
     def _check_index(self, weight_map: Mapping[str, str], index: str) -> None:
         for name, shard in weight_map.items():
-            info = self._tensors.get(name)
-            if info is None or self.files[info.file].path.name != shard:
-                where = "no shard has it" if info is None else f"it is in {self.files[info.file].path.name}"
+            home = self.files[self._index.table_of(name)].path.name if name in self._index else None
+            if home != shard:
+                where = "no shard has it" if home is None else f"it is in {home}"
                 raise HeaderError(f"{index}: says that tensor {name!r} is in {shard}, but {where}")
-        if len(weight_map) != len(self._tensors):
-            extra = next(name for name in self._tensors if name not in weight_map)
-            raise HeaderError(f"{index}: does not list tensor {extra!r}, which {self.files[self._tensors[extra].file].path.name} holds")
+        if len(weight_map) != len(self._index):
+            extra = next(name for name in self._index if name not in weight_map)
+            home = self.files[self._index.table_of(extra)].path.name
+            raise HeaderError(f"{index}: does not list tensor {extra!r}, which {home} holds")
 
     def __getitem__(self, name: str) -> TensorInfo:
-        return self._tensors[name]
+        return self._index[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return name in self._index
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._index)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._index)
+
+    def tensor(self, name: str) -> ArrayLike:
+        """The tensor, unread."""
+        return self.files[self._index.table_of(name)].tensor(name, self._index[name])
 
     def array(self, name: str) -> Array:
-        """The tensor as a read-only view of its mapped file."""
-        return self.files[self._tensors[name].file].array(name)
-
-    def release(self, name: str) -> None:
-        self.files[self._tensors[name].file].release(name)
+        """The whole tensor in memory: for small ones."""
+        return np.asarray(self.tensor(name))
 
     @property
     def nbytes(self) -> int:
-        return sum(info.nbytes for info in self._tensors.values())
+        return sum(info.nbytes for file in self.files for info in file.tensors.values())
 
 
-def open_index(folder: Path, index: Path, opener: Callable[[Path, int], StoredFile] = SafetensorsFile) -> TensorSet:
+def open_index(folder: Path, index: Path, opener: Callable[[Path, int], StoredFile] = SafetensorsFile, document: Any = None) -> TensorSet:
     """The shards that ``index`` (``{"weight_map": {tensor: file}}``) lists, all inside ``folder``.
 
+    document   the index's content, if it is not to be read
     raises HeaderError for an index of the wrong types, a name that leaves the folder, or one that disagrees with the shards
     """
-    document = load_json(_read_bytes(index), index.name)
+    document = load_json(_read_bytes(index), index.name) if document is None else document
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise HeaderError(f"{index.name}: weight_map must map tensor names to file names")
+    for name, shard in weight_map.items():
+        weight_map[name] = sys.intern(shard)
+    del document
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if shard != Path(shard).name or shard in {"", ".", ".."} or "\\" in shard or "\0" in shard:
@@ -345,13 +459,27 @@ def read_json(path: Path) -> dict[str, Any]:
 class OutputFile:
     """A safetensors file that is fully laid out before a byte of data exists.
 
-    header        the 8-byte length and the JSON; tensors: {name: TensorInfo with absolute offsets}; size in bytes
+    tensors       {name: TensorInfo with absolute offsets}, in the order of their data; size in bytes
     """
 
     name: str
-    header: bytes
-    tensors: dict[str, TensorInfo]
+    tensors: TensorTable
     size: int
+
+    @property
+    def header(self) -> bytes:
+        """The 8-byte length and the JSON."""
+        return b"".join(self.header_pieces())
+
+    def header_pieces(self) -> Iterator[bytes]:
+        """The header piece by piece; made anew, since those of a large model together are large."""
+        begin = min((info.begin for info in self.tensors.values()), default=self.size)
+        yield (begin - 8).to_bytes(8, "little")
+        length = 8
+        for piece in _header_text((name, info.dtype, info.shape, info.nbytes) for name, info in self.tensors.items()):
+            length += len(piece)
+            yield piece
+        yield b" " * (begin - length)
 
 
 def lay_out(
@@ -365,44 +493,62 @@ def lay_out(
     A shard is closed when the next tensor would make it larger than ``max_shard_bytes``. One shard is called
     ``{stem}.safetensors`` (or ``single_name``), several ``{stem}-00001-of-0000N.safetensors``.
     """
-    shards: list[list[_Sized]] = [[]]
+    files: list[OutputFile] = []
+    shard: list[_Sized] = []
     held = 0
     for name, dtype, shape in tensors:
         size = nbytes(dtype, shape)
-        if shards[-1] and held + size > max_shard_bytes:
-            shards.append([])
-            held = 0
-        shards[-1].append((name, dtype, shape, size))
+        if shard and held + size > max_shard_bytes:
+            files.append(_lay_out_file(shard))
+            shard, held = [], 0
+        shard.append((name, dtype, shape, size))
         held += size
-    if len(shards) == 1:
-        return [_lay_out_file(single_name or f"{stem}.safetensors", shards[0])]
-    return [_lay_out_file(f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
+    files.append(_lay_out_file(shard))
+    if len(files) == 1:
+        return [replace(files[0], name=single_name or f"{stem}.safetensors")]
+    return [replace(file, name=f"{stem}-{i:05d}-of-{len(files):05d}.safetensors") for i, file in enumerate(files, 1)]
 
 
 _Sized = tuple[str, str, tuple[int, ...], int]
 
 
-def _lay_out_file(file_name: str, tensors: list[_Sized]) -> OutputFile:
+def _lay_out_file(tensors: list[_Sized]) -> OutputFile:
     ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor[1]].itemsize if tensor[1] in DTYPES else -1)
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    length = sum(map(len, _header_text(ordered)))
+    length += -length % 8
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(f"{tensors[0][0]}: the header of its file would need {length} bytes; use a smaller --max-shard-size")
+    begin, table = 8 + length, TensorTable()
+    for name, dtype, shape, size in ordered:
+        table.add(name, dtype, tuple(shape), begin, begin + size)
+        begin += size
+    return OutputFile("", table, begin)
+
+
+def _header_text(ordered: Iterable[_Sized]) -> Iterator[bytes]:
+    """The header's JSON, without its padding, for tensors in the order of their data; piece by piece."""
+    yield b'{"__metadata__":{"format":"pt"}'
     position = 0
     for name, dtype, shape, size in ordered:
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (position, position + size)}
+        entry = {"dtype": dtype, "shape": shape, "data_offsets": (position, position + size)}
+        yield f",{json.dumps(name, ensure_ascii=False)}:{json.dumps(entry, separators=(',', ':'))}".encode()
         position += size
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise HeaderError(f"{file_name}: its header would need {len(text)} bytes; use a smaller --max-shard-size")
-    begin = 8 + len(text)
-    infos = {}
-    for name, dtype, shape, size in ordered:
-        infos[name] = TensorInfo(dtype, shape, begin, begin + size)
-        begin += size
-    return OutputFile(file_name, len(text).to_bytes(8, "little") + text, infos, begin)
+    yield b"}"
+
+
+def index_of(files: Sequence[OutputFile]) -> dict[str, Any]:
+    """The content of the shards' index: true total_size (bytes of tensor data) and weight_map."""
+    total = sum(info.nbytes for file in files for info in file.tensors.values())
+    weight_map = {name: file.name for file in files for name in file.tensors}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def index_json(files: Sequence[OutputFile]) -> str:
-    """``model.safetensors.index.json`` for the shards: true total_size (bytes of tensor data) and weight_map."""
-    total = sum(info.nbytes for file in files for info in file.tensors.values())
-    weight_map = {name: file.name for file in files for name in file.tensors}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+    """``model.safetensors.index.json`` for the shards."""
+    return "".join(index_pieces(files))
+
+
+def index_pieces(files: Sequence[OutputFile]) -> Iterator[str]:
+    """``index_json`` piece by piece."""
+    yield from json.JSONEncoder(indent=2).iterencode(index_of(files))
+    yield "\n"

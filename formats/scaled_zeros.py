@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from .errors import RefusedError, UnreadableError
-from .ir import Array
+from .ir import Array, ArrayLike, read
+from .workspace import Workspace
 
 _TOLERANCE = 0.125
 """Of a step: more than rounding can do to any zero point whose scale is a normal number."""
@@ -34,8 +35,8 @@ class ScaledZeros:
     """Signed int16 zero points [out, groups] out of ``scale_zeros`` and the scales, both [out, groups] (``LazyArray``)."""
 
     name: str
-    scaled: Array
-    scales: Array
+    scaled: ArrayLike
+    scales: ArrayLike
     bits: int
 
     @property
@@ -46,11 +47,11 @@ class ScaledZeros:
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(np.int16)
 
-    def read(self, rows: slice = slice(None), cols: slice = slice(None)) -> Array:
+    def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
         """raises UnreadableError where a quotient is no zero point of the layer's bits"""
         half = 1 << (self.bits - 1)
-        scales = self.scales[rows, cols].astype(np.float32)
-        scaled = self.scaled[rows, cols].astype(np.float32)
+        scales = read(self.scales, rows, cols).astype(np.float32)
+        scaled = read(self.scaled, rows, cols).astype(np.float32)
         silent = scales == 0
         with np.errstate(all="ignore"):
             quotient = np.where(silent, np.float32(half), -scaled / scales)

@@ -20,7 +20,7 @@ import xxhash
 
 from .errors import UnreadableError
 from .ir import Array
-from .safetensors_file import DTYPES, SourceFile, TensorInfo
+from .safetensors_file import DTYPES, SourceFile, TensorInfo, TensorTable
 
 _NAMES = {
     "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32", "torch.float64": "F64", "torch.int8": "I8",
@@ -36,15 +36,16 @@ class TorchFile:
         self.metadata: dict[str, str] = {}
         loaded = _load(path)
         self._tensors = {name: _dense(path, name, value) for name, value in loaded.items()}
-        self.tensors: dict[str, TensorInfo] = {}
+        self.tensors = TensorTable(number)
+        self.exempt = path.stat().st_size
         for name, tensor in self._tensors.items():
             size = tensor.numel() * tensor.element_size()
-            self.tensors[name] = TensorInfo(_NAMES[str(tensor.dtype)], tuple(tensor.shape), 0, size, number)
+            self.tensors.add(name, _NAMES[str(tensor.dtype)], tuple(tensor.shape), 0, size)
         status = path.stat()
         listing = "".join(f"{name} {info.dtype} {info.shape}\n" for name, info in self.tensors.items())
         self.identity = SourceFile(path.name, status.st_size, status.st_mtime_ns, xxhash.xxh3_128_hexdigest(listing.encode()))
 
-    def array(self, name: str) -> Array:
+    def tensor(self, name: str, info: TensorInfo | None = None) -> Array:
         """The tensor as a read-only NumPy view, bfloat16 as ml_dtypes' type."""
         tensor = self._tensors[name]
         info = self.tensors[name]
@@ -57,9 +58,6 @@ class TorchFile:
         view: Array = np.ascontiguousarray(array).view()
         view.flags.writeable = False
         return view
-
-    def release(self, name: str) -> None:
-        """Nothing: torch owns the map."""
 
     def unchanged(self) -> bool:
         """Whether the file on disk still has the size and time it had when it was opened."""

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 from convert.cli import app
 from convert.ms_to_vllm import app as ms_to_vllm_app
 
-VERBS = ("formats", "inspect", "plan", "convert", "verify", "fingerprint", "check", "doctor")
+VERBS = ("formats", "inspect", "plan", "convert", "verify", "fingerprint", "check", "doctor", "clean")
 HOMES = {"inspect": "inspection", "plan": "plan", "convert": "run", "verify": "proof", "fingerprint": "proof"}
 BIN = Path(sys.executable).parent
 

@@ -1,4 +1,4 @@
-"""Where a conversion may write, and that a failed one leaves nothing behind."""
+"""Where a conversion may write, that a failed one leaves nothing that can be seen, and that the same command finishes it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import errno
 import gc
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 from checkpoints import CONFIG, model, write_msmodelslim
-from typer.testing import CliRunner
+from places import HIDDEN, assert_unfinished, failing, fails, full, journalled, names, snapshot, stops_after
 
-from convert.cli import app
+from convert import engine
 from convert.engine import convert, run
+from convert.journal import Journal
 from convert.planning import plan
+from convert.staging import Output
 from convert.verification import verify
 from formats.errors import DestinationError, UnreadableError
 
@@ -34,36 +34,8 @@ def place(tmp_path: Path) -> Path:
     return tmp_path / "place"
 
 
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every file below ``folder``, hidden ones too, with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def fails(source: Path, destination: Path, *options: str) -> str:
-    """Convert on the command line; it must fail with exit 1 and one line, which is returned."""
-    result = CliRunner().invoke(app, ["convert", str(source), str(destination), "--to", "awq", *options])
-    assert result.exit_code == 1, (result.exit_code, result.stderr, result.exception)
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("weighbridge convert: ")
-    return result.stderr
-
-
-def stops_after(calls: int, error: BaseException, real: Callable[..., Any]) -> Callable[..., Any]:
-    """``real`` for some calls, then ``error`` for ever."""
-    left = [calls]
-
-    def stand_in(*args: Any, **options: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise error
-        return real(*args, **options)
-
-    return stand_in
-
-
-def full() -> OSError:
-    return OSError(errno.ENOSPC, "No space left on device")
+def convert_fails(source: Path, destination: Path, *options: str) -> str:
+    return fails(1, "convert", source, destination, "--to", "awq", *options)
 
 
 # --- existing destinations --------------------------------------------------------------------------------------------
@@ -81,7 +53,7 @@ def test_existing_destination_is_not_touched(kind: str, source: Path, place: Pat
     else:
         out.symlink_to(source if kind == "link" else place / "nothing")
     before = snapshot(place)
-    line = fails(source, out)
+    line = convert_fails(source, out)
     assert str(out) in line
     assert "--overwrite" in line or kind == "link"
     assert snapshot(place) == before
@@ -118,7 +90,7 @@ def test_overwrite_refuses_what_is_no_model_folder(kind: str, source: Path, plac
             (out / "config.json").write_text("{}", "utf-8")
             (out / "src").mkdir()
     before = snapshot(place)
-    assert "remove it yourself" in fails(source, out, "--overwrite")
+    assert "remove it yourself" in convert_fails(source, out, "--overwrite")
     assert snapshot(place) == before
 
 
@@ -140,7 +112,7 @@ def test_source_and_base_are_never_the_destination(where: str, overwrite: bool, 
         "dots": source / ".." / "source",
     }[where]
     before = snapshot(tmp_path)
-    line = fails(source, destination, "--base-model", str(base), *(["--overwrite"] if overwrite else []))
+    line = convert_fails(source, destination, "--base-model", str(base), *(["--overwrite"] if overwrite else []))
     assert "in the source, which is never written" in line
     assert snapshot(tmp_path) == before
 
@@ -149,33 +121,31 @@ def test_source_and_base_are_never_the_destination(where: str, overwrite: bool, 
 
 
 def test_missing_parent_is_named(source: Path, place: Path) -> None:
-    assert str(place / "nowhere") in fails(source, place / "nowhere" / "out")
+    assert str(place / "nowhere") in convert_fails(source, place / "nowhere" / "out")
     assert snapshot(place) == {}
 
 
 def test_parent_that_is_a_file_is_named(source: Path, place: Path) -> None:
     (place / "file").write_text("mine", "utf-8")
-    assert str(place / "file") in fails(source, place / "file" / "out")
+    assert str(place / "file") in convert_fails(source, place / "file" / "out")
     assert snapshot(place) == {"file": b"mine"}
 
 
-def test_read_only_parent_is_named(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **options: Any) -> NoReturn:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
-    line = fails(source, place / "out")
+def test_read_only_parent_is_named(source: Path, place: Path) -> None:
+    with failing("mkdir", errno.EROFS, lambda path: path.startswith(str(place))):
+        line = convert_fails(source, place / "out")
     assert str(place) in line
-    assert "Permission denied" in line
+    assert "Read-only file system" in line
+    assert "choose another destination" in line
     assert snapshot(place) == {}
 
 
 def test_full_disk_is_found_before_anything_is_written(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = plan(source, "awq").target_bytes
     usage = shutil.disk_usage(place)
-    monkeypatch.setattr(tempfile, "mkdtemp", stops_after(0, AssertionError("a folder was made"), tempfile.mkdtemp))
+    monkeypatch.setattr(os, "mkdir", stops_after(0, AssertionError("a folder was made"), os.mkdir))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    line = fails(source, place / "out")
+    line = convert_fails(source, place / "out")
     assert str(place) in line
     assert "free" in line
     assert snapshot(place) == {}
@@ -190,75 +160,137 @@ def test_room_for_exactly_the_plan_is_enough(source: Path, place: Path, monkeypa
 # --- failures on the way ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("calls", [0, 1, 5, 25])
-@pytest.mark.parametrize("jobs", ["1", "4"])
-def test_disk_that_fills_on_the_way_leaves_nothing(
-    calls: int, jobs: str, source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "pwrite", stops_after(calls, full(), os.pwrite))
-    line = fails(source, place / "out", "--jobs", jobs)
-    assert "No space left on device" in line
-    assert str(place / "out") in line
-    assert snapshot(place) == {}
+@pytest.mark.parametrize("calls", [0, 1, 5, 25, 45])
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_disk_that_fills_on_the_way_leaves_nothing_visible(calls: int, jobs: int, source: Path, place: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "whole", "awq")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", stops_after(calls, full(), os.pwrite))
+        line = convert_fails(source, place / "out", "--jobs", str(jobs))
+    assert f"{place / 'out'}: the disk is full; " in line
+    if HIDDEN in names(place):
+        assert f"make room and run the same command to finish, or `weighbridge clean {place}` to give up" in line
+        assert_unfinished(place)
+        assert journalled(place).tiles or journalled(place).entries
+    else:
+        assert calls < 25
+        assert "nothing was left there" in line
+        assert names(place) == []
+    result = convert(source, place / "out", "awq", jobs=jobs)
+    assert result.resumed == ("run the same command" in line)
+    assert snapshot(place / "out") == snapshot(tmp_path / "whole")
+    assert names(place) == ["out"]
 
 
-@pytest.mark.parametrize("name", ["open", "ftruncate", "fsync", "rename", "chmod"])
-def test_every_system_call_may_fail(name: str, source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = getattr(os, name)
-
-    def refuse_ours(*args: Any, **options: Any) -> Any:
-        """Refuse what concerns the destination; other callers are served."""
-        what = args[0]
-        path = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else os.fspath(what)
-        if str(place / ".out.weighbridge-") in str(path):
-            raise OSError(errno.EIO, "Input/output error")
-        return real(*args, **options)
-
-    monkeypatch.setattr(os, name, refuse_ours)
-    if name == "open":  # rmtree opens the folder too, to empty it: let it
-        monkeypatch.setattr(shutil, "rmtree", clean_with(shutil.rmtree, monkeypatch, real))
-    assert "Input/output error" in fails(source, place / "out")
-    assert snapshot(place) == {}
+@pytest.mark.parametrize("late", ["write_sidecars", "write_certificate"])
+def test_disk_that_fills_at_the_very_end_costs_no_work(late: str, source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small files beside the weights are written last, when hours of work are in the hidden folder."""
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, late, stops_after(0, full(), getattr(engine, late)))
+        assert "the disk is full; make room and run the same command" in convert_fails(source, place / "out")
+    assert names(place) == [HIDDEN]
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "tile", stops_after(0, AssertionError("a tile was written again"), Journal.tile))
+        assert convert(source, place / "out", "awq").resumed
+    assert names(place) == ["out"]
+    assert verify(source, place / "out").same
 
 
-def clean_with(rmtree: Callable[..., None], monkeypatch: pytest.MonkeyPatch, real_open: Callable[..., int]) -> Callable[..., None]:
-    def clean(*args: Any, **options: Any) -> None:
-        monkeypatch.setattr(os, "open", real_open)
-        rmtree(*args, **options)
-
-    return clean
+KEPT = {"open": False, "ftruncate": False, "mkdir": False, "fsync": False, "rename": True, "chmod": False}
+"""System calls on the way, and whether work is there already that is worth keeping when they fail. After a failed fsync nobody
+knows what the disk holds, so that nothing is."""
 
 
-def test_failure_keeps_the_folder_that_was_to_be_replaced(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", KEPT)
+def test_every_system_call_may_fail(name: str, source: Path, place: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "whole", "awq")
+    with pytest.MonkeyPatch.context() as patch, failing(name, errno.EIO, lambda path: HIDDEN in path) as refused:
+        if name == "open":  # rmtree opens the folder too, to empty it: let it
+            patch.setattr(shutil, "rmtree", lambda *args, **options: None)
+        line = convert_fails(source, place / "out")
+    assert refused
+    assert "Input/output error" in line
+    assert ("run the same command to finish" in line) == KEPT[name]
+    assert names(place) == ([HIDDEN] if KEPT[name] else [])
+    assert convert(source, place / "out", "awq").resumed == KEPT[name]
+    assert snapshot(place / "out") == snapshot(tmp_path / "whole")
+    assert names(place) == ["out"]
+
+
+def test_failure_keeps_the_folder_that_was_to_be_replaced(source: Path, place: Path) -> None:
     convert(source, place / "out", "gptq")
-    before = snapshot(place)
-    monkeypatch.setattr(os, "pwrite", stops_after(9, full(), os.pwrite))
-    fails(source, place / "out", "--overwrite")
-    assert snapshot(place) == before
+    before = snapshot(place / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", stops_after(30, full(), os.pwrite))
+        convert_fails(source, place / "out", "--overwrite")
+    assert snapshot(place / "out") == before
+    assert_unfinished(place, ("out",))
+    assert convert(source, place / "out", "awq", overwrite=True).resumed
+    assert verify(source, place / "out").same
+    assert snapshot(place / "out") != before
+    assert names(place) == ["out"]
 
 
-def test_failed_exchange_puts_the_old_folder_back(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_failed_exchange_puts_the_old_folder_back(moment: str, error: BaseException, source: Path, place: Path) -> None:
+    """An interruption too: whenever it comes, the old model or the new one is there, whole."""
     convert(source, place / "out", "gptq")
-    before = snapshot(place)
-    real = os.rename
+    before = snapshot(place / "out")
+    real, renames = os.rename, []
 
-    def refuse_the_new(old: Any, new: Any) -> None:
-        if Path(old).name.startswith(".out.weighbridge-") and Path(new).name == "out":
-            raise OSError(errno.EIO, "Input/output error")
+    def refuse(old: Any, new: Any) -> None:
+        renames.append((Path(old).name, Path(new).name))
+        step = len(renames)
+        if (moment, step) in {("before", 1), ("between", 2)}:
+            raise error
         real(old, new)
+        if (moment, step) == ("after", 2):
+            raise error
 
-    monkeypatch.setattr(os, "rename", refuse_the_new)
-    fails(source, place / "out", "--overwrite")
-    assert snapshot(place) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        with pytest.raises((DestinationError, KeyboardInterrupt)):
+            convert(source, place / "out", "awq", overwrite=True)
+    assert renames[0] == ("out", "replaced")
+    assert snapshot(place / "out") == before
+    assert names(place) == [HIDDEN, "out"]
+    assert convert(source, place / "out", "awq", overwrite=True).resumed
+    assert verify(source, place / "out").same
+    assert snapshot(place / "out") != before
+    assert names(place) == ["out"]
 
 
-def test_interrupt_leaves_nothing(source: Path, place: Path) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_parent_that_cannot_be_synced_gets_no_folder(overwrite: bool, source: Path, place: Path) -> None:
+    if overwrite:
+        convert(source, place / "out", "gptq")
+    before = snapshot(place)
+    with failing("fsync", errno.EIO, lambda path: path == str(place)):
+        convert_fails(source, place / "out", *(["--overwrite"] if overwrite else []))
+    assert {name: content for name, content in snapshot(place).items() if not name.startswith(HIDDEN)} == before
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_interrupt_leaves_nothing_visible(jobs: int, source: Path, place: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "whole", "awq")
+
     def interrupt(done: int) -> NoReturn:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(source, place / "out", "awq", progress=interrupt)
-    assert snapshot(place) == {}
+        convert(source, place / "out", "awq", progress=interrupt, jobs=jobs)
+    assert_unfinished(place)
+    assert convert(source, place / "out", "awq", jobs=jobs).resumed
+    assert snapshot(place / "out") == snapshot(tmp_path / "whole")
+    assert names(place) == ["out"]
+
+
+def test_interrupt_before_anything_was_done_leaves_nothing(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Output, "make", stops_after(0, KeyboardInterrupt(), Output.make))
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, place / "out", "awq")
+    assert names(place) == []
 
 
 def test_source_that_changes_on_the_way_is_noticed(source: Path, place: Path) -> None:
@@ -295,7 +327,7 @@ def test_file_descriptors_are_given_back(call: str, count: int, source: Path, pl
 
 
 def descriptors() -> int:
-    gc.collect()  # mapped files go with the checkpoint that a caught error may still hold
+    gc.collect()  # files go with the checkpoint that a caught error may still hold
     return len(os.listdir("/proc/self/fd"))
 
 

@@ -29,7 +29,7 @@ from checkpoints import (
 
 from convert import mending
 from convert.ailments import Smears, find_smears
-from convert.config_ailments import dynamic_rule
+from convert.config_ailments import DynamicRules
 from convert.engine import convert
 from convert.mending import Diagnosis, doctor
 from convert.stored import weight_files
@@ -624,11 +624,12 @@ def test_gptqmodels_rules_for_single_modules(tmp_path: Path) -> None:
 
 def test_dynamic_rules_match_in_gptqmodels_order() -> None:
     config = {"dynamic": {r"+:.*\.down_proj": {"bits": 8}, r".*\.o_proj": {"bits": 3}, r"-:.*layers\.0\..*": {}, "(": {}}}
-    assert dynamic_rule(config, "model.layers.0.mlp.down_proj") == {}
-    assert dynamic_rule(config, "model.layers.1.mlp.down_proj") == {"bits": 8}
-    assert dynamic_rule(config, "model.layers.1.self_attn.o_proj") == {"bits": 3}
-    assert dynamic_rule(config, "model.layers.1.self_attn.q_proj") is None
-    assert dynamic_rule({}, "model.layers.1.self_attn.q_proj") is None
+    rules = DynamicRules(config)
+    assert rules.find("model.layers.0.mlp.down_proj") == {}
+    assert rules.find("model.layers.1.mlp.down_proj") == {"bits": 8}
+    assert rules.find("model.layers.1.self_attn.o_proj") == {"bits": 3}
+    assert rules.find("model.layers.1.self_attn.q_proj") is None
+    assert DynamicRules({}).find("model.layers.1.self_attn.q_proj") is None
 
 
 def test_what_is_written_is_checked_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,12 +97,12 @@ def test_golden_carries_everything_else_verbatim(case: str) -> None:
     plain = {name for name in source_names if name.rpartition(".")[0] not in layers}
     assert set(checkpoint.plain_names) == plain
     for name in plain:
-        found = checkpoint.plain(name).data
+        found = np.asarray(checkpoint.plain(name).data)
         assert (found.dtype, found.tobytes()) == (stored[name].dtype, stored[name].tobytes()), name
     for name in layers:
         bias = checkpoint.layer(name).bias
         assert (bias is not None) == (f"{name}.bias" in source_names)
-        assert bias is None or bias.tobytes() == stored[f"{name}.bias"].tobytes()
+        assert bias is None or np.asarray(bias).tobytes() == stored[f"{name}.bias"].tobytes()
 
 
 @pytest.mark.parametrize("case", BOUNDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import re
 import subprocess
 import sys
@@ -93,5 +92,5 @@ def test_there_are_rows() -> None:
 def test_no_machine_paths_in_fixtures() -> None:
     """Records that tools wrote may hold the path of the machine they ran on: none may be shipped."""
     for path in (ROOT / "fixtures").rglob("*.json"):
-        text = json.dumps(json.loads(path.read_text()))
+        text = path.read_text(errors="replace").replace("\\/", "/")
         assert not re.search(r'"/(work|root|home|tmp|farm)/', text), path

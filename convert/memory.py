@@ -1,0 +1,53 @@
+"""How the memory that a conversion may use is shared out: a promise over the bare interpreter, whatever the model weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import dataclass
+
+from formats.errors import UsageError
+
+MIB = 1 << 20
+DEFAULT_MEMORY = 256 * MIB
+
+LIBRARIES = 52 * MIB
+"""NumPy, Numba and the rest, imported and warm."""
+
+WORKER = 14 * MIB
+"""A worker beyond what its tile holds: strips, their values, small tensors on their way."""
+
+SMALLEST_TILE = 1 * MIB
+LARGEST_TILE = 32 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Shares of a limit. limit, headers (lists of tensors and layers) and tile (held packed by each of ``jobs`` workers) in bytes."""
+
+    limit: int
+    jobs: int
+    headers: int
+    tile: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of anonymous memory at most, over the bare interpreter."""
+        return LIBRARIES + self.headers + self.jobs * (WORKER + self.tile)
+
+
+def share(limit: int, jobs: int, headers: int) -> Memory:
+    """Share ``limit`` bytes out over at most ``jobs`` workers; UsageError if not even one can work within it."""
+    free = limit - LIBRARIES - headers
+    least = WORKER + SMALLEST_TILE
+    if free < least:
+        needed = -(-(LIBRARIES + headers + least) // MIB)
+        raise UsageError(
+            f"--max-memory {limit // MIB}MiB: this checkpoint needs {needed}MiB at least, {headers // MIB} of them for its headers"
+        )
+    jobs = min(jobs, free // least)
+    return Memory(limit, jobs, headers, min(LARGEST_TILE, free // jobs - WORKER))
+
+
+def header_bytes(tensors: Sized, layers: int = 0, outputs: int = 0) -> int:
+    """Bytes that lists of so many tensors to read, layers to plan and tensors to write take, about."""
+    return 400 * len(tensors) + 700 * layers + 240 * outputs

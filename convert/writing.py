@@ -1,0 +1,285 @@
+"""What one layer or plain tensor of a plan is written by: small tensors whole, the large one in tiles, each proved as it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+
+from formats import Checkpoint
+from formats.errors import NotSameError, RefusedError, UnreadableError
+from formats.ir import Array, QuantizedLinear, read
+from formats.layouts import PackedMatrix
+from formats.safetensors_file import DTYPES, TensorInfo
+from formats.scaled_zeros import scale_zeros
+from formats.spec import TensorSpec
+from formats.stored_tensor import StoredTensor
+from formats.workspace import Workspace
+
+from . import moves
+from .probe import to_float32
+from .proof import CodeProof, Found, Matrix, Tile, ValueProof, digest_tile, layer_matrices, leaves_of, plain_matrix
+from .records import LayerPlan, Plan
+from .staging import Output
+from .tiling import Side, bytes_of_scales, side_of, tile_shape, tiles, tiles_of
+
+Works = tuple[Workspace, Workspace]
+Place = tuple[Output, TensorInfo]
+Task = Callable[[Callable[[], Works]], None]
+
+GRID = 1 << 18
+"""Scales or zero points that are written at once."""
+
+
+class Writer(Protocol):
+    """Writes one entry of a checkpoint. ``matrices`` are its tensors as the proof sees them; tiles are those of the first."""
+
+    matrices: list[Matrix]
+
+    def small(self) -> Iterator[Task]:
+        """Tasks that write everything but the first matrix; they are done before its tiles."""
+        ...
+
+    def look_again(self) -> None:
+        """Open what was written through the target's reader, and see that it takes it for what was meant."""
+        ...
+
+    def tiles(self, budget: int) -> Iterator[tuple[slice, slice]]:
+        """Rectangles of the first matrix; each holds at most ``budget`` bytes in memory."""
+        ...
+
+    def write(self, rows: slice, cols: slice, works: Works) -> tuple[Found | None, int]:
+        """Write a tile, prove it if asked to, and say how many bytes were written."""
+        ...
+
+    def read_back(self) -> list[Matrix]:
+        """``matrices`` as the target's reader sees them."""
+        ...
+
+
+class LayerWriter:
+    """Writes a quantized layer: as codes, scales and zero points, or dequantized."""
+
+    def __init__(self, plan: Plan, target: Checkpoint | None, layer: LayerPlan, places: Mapping[str, Place]) -> None:
+        self._plan, self._target, self._layer, self._places = plan, target, layer, places
+        self.matrices = layer_matrices(plan.checkpoint, layer.target.name)
+        specs = plan.outputs(layer.target)
+        self._spec = next(spec for spec in specs if spec.part in {"codes", "weight"})
+        self._others = [spec for spec in specs if spec is not self._spec]
+        self._theirs: list[Matrix] = []
+
+    @property
+    def source(self) -> QuantizedLinear:
+        layer = self.matrices[0].layer
+        assert layer is not None
+        return layer
+
+    def small(self) -> Iterator[Task]:
+        layer = self.source
+        for spec in self._others:
+            output, info = self._places[spec.name]
+            if spec.part in {"scales", "zero_points", "scaled_zeros"}:
+                step = max(64, GRID // max(1, layer.groups[1] * self._layer.repeat) // 64 * 64)
+                for start in range(0, layer.groups[0], step):
+                    rows = slice(start, min(start + step, layer.groups[0]))
+                    yield partial(_write_grid, layer, self._layer.repeat, self._smallest_zero(), spec, output, info, rows)
+            else:
+                yield partial(_write_vector, layer, self._layer, spec, output, info)
+
+    def _smallest_zero(self) -> int:
+        """In the signed domain."""
+        return self._plan.holds.smallest_zero - (1 << (self._layer.target.scheme.weights.bits - 1))
+
+    def look_again(self) -> None:
+        if self._target is None:
+            return
+        name = self._layer.target.name
+        if self._plan.holds.dequantized:
+            self._theirs = [plain_matrix(self._target, matrix.name) for matrix in self.matrices]
+            found: Any = self._theirs[0].plain
+            layout = None
+        else:
+            self._theirs = layer_matrices(self._target, name)
+            theirs = self._theirs[0].layer
+            assert theirs is not None
+            codes = theirs.codes
+            found, layout = (codes.stored, codes.layout) if isinstance(codes, PackedMatrix) else (codes, None)
+        if layout != self._spec.layout or self._theirs[0].shape != self.matrices[0].shape:
+            raise NotSameError(f"{name}: is read in another layout than it is written in; this is a fault in Weighbridge: please report it")
+        _check_place(found, self._spec.name, self._places[self._spec.name])
+
+    def read_back(self) -> list[Matrix]:
+        return self._theirs
+
+    def tiles(self, budget: int) -> Iterator[tuple[slice, slice]]:
+        shape, layout = self.source.shape, self._spec.layout
+        if layout is None:
+            size = DTYPES[self._spec.dtype].itemsize
+            into = Side(False, float(size), float(size))
+        else:
+            into = Side.of_layout(layout, shape, True)
+        scales = bytes_of_scales(self.source) * (1 + self._layer.repeat)
+        return tiles(shape, tile_shape(shape, [side_of(self.matrices[0]), into], budget, scales))
+
+    def write(self, rows: slice, cols: slice, works: Works) -> tuple[Found | None, int]:
+        output, info = self._places[self._spec.name]
+        ours = Tile(self.matrices[0], rows, cols, works[0])
+        block, corner, found = (self._dequantize if self._spec.layout is None else self._repack)(ours, works[1])
+        output.write(info, block, *corner)
+        if found is not None and not output.holds(info, block, *corner, works[1]):
+            raise NotSameError(f"{self._spec.name}: the file does not hold what was written to it; check the disk, and run it again")
+        return found, block.nbytes
+
+    def _repack(self, ours: Tile, work: Workspace) -> tuple[Array, tuple[int, int], Found | None]:
+        """A tile's words, and the proof that they unpack to its codes."""
+        layout, rows, cols = self._spec.layout, ours.rows, ours.cols
+        assert layout is not None
+        width = cols.stop - cols.start
+        block = work.take("block", layout.stored_shape((rows.stop - rows.start, width)), layout.word_dtype)
+        proof = CodeProof(ours, Tile(self._theirs[0], rows, cols, work)) if self._theirs else None
+        for strip in ours.strips():
+            codes = ours.codes(strip)
+            top, left = layout.corner(strip.start - rows.start, 0)
+            high, wide = layout.stored_shape(codes.shape)
+            words = layout.pack(codes, block[top : top + high, left : left + wide])
+            if proof is not None:
+                proof.add(strip, codes, np.ascontiguousarray(layout.unpack(words, work=work)))
+        return block, layout.corner(rows.start, cols.start), None if proof is None else proof.found()
+
+    def _dequantize(self, ours: Tile, work: Workspace) -> tuple[Array, tuple[int, int], Found | None]:
+        """A tile's weights, and the proof that they are the law's, rounded."""
+        rows, cols = ours.rows, ours.cols
+        block = work.take("block", (rows.stop - rows.start, cols.stop - cols.start), DTYPES[self._spec.dtype])
+        proof = ValueProof(ours) if self._theirs else None
+        for strip in ours.strips():
+            values = ours.values(strip)
+            part = block[strip.start - rows.start : strip.stop - rows.start]
+            with np.errstate(over="ignore"):
+                part[...] = values
+            if not np.isfinite(to_float32(part)).all():
+                raise RefusedError(
+                    f"{self._layer.target.name}: a weight does not fit {self._spec.dtype}; use --scale-dtype bfloat16 or float32"
+                )
+            if proof is not None:
+                proof.add(strip, values, part)
+        return block, (rows.start, cols.start), None if proof is None else proof.found()
+
+
+class PlainWriter:
+    """Writes a plain tensor, byte for byte."""
+
+    def __init__(self, plan: Plan, target: Checkpoint | None, name: str, place: Place) -> None:
+        self._target, self._place = target, place
+        self.matrices = [plain_matrix(plan.checkpoint, name)]
+        self._theirs: list[Matrix] = []
+
+    def small(self) -> Iterator[Task]:
+        return iter(())
+
+    def look_again(self) -> None:
+        if self._target is not None:
+            ours = self.matrices[0]
+            self._theirs = [plain_matrix(self._target, ours.name)]
+            _check_place(self._theirs[0].plain, ours.name, self._place)
+
+    def read_back(self) -> list[Matrix]:
+        return self._theirs
+
+    def tiles(self, budget: int) -> Iterator[tuple[slice, slice]]:
+        return tiles_of(self.matrices, budget)
+
+    def write(self, rows: slice, cols: slice, works: Works) -> tuple[Found | None, int]:
+        (output, info), matrix = self._place, self.matrices[0]
+        info, leaves, written = replace(info, shape=matrix.grid), [], 0
+        for strip, part in _parts(rows, cols, np.dtype(matrix.plain.dtype).itemsize, matrix.is_float()):  # type: ignore[union-attr]
+            data = read(matrix.as_matrix(), strip, part, works[0])
+            output.write(info, data, strip.start, part.start)
+            written += data.nbytes
+            if self._theirs and not output.holds(info, data, strip.start, part.start, works[1]):
+                raise NotSameError(f"{matrix.name}: the file does not hold what was written to it; check the disk, and run it again")
+            if self._theirs and matrix.is_float():
+                leaves.append(leaves_of(to_float32(data) + np.float32(0)))
+        if not self._theirs:
+            return None, written
+        digest = b"".join(leaves) if matrix.is_float() else digest_tile(matrix, rows, cols, works[0])
+        return Found(digest, digest), written
+
+
+def _parts(rows: slice, cols: slice, item: int, by_leaf: bool) -> Iterator[tuple[slice, slice]]:
+    """Strips of a plain tile: whole rows of it, which keep to leaves; for what has no leaves, pieces of about 1 MiB."""
+    width = max(1, cols.stop - cols.start)
+    high = max(64, (1 << 19) // width // 64 * 64) if by_leaf else max(1, (1 << 20) // (width * item))
+    wide = width if by_leaf else max(1, (1 << 20) // item)
+    for top in range(rows.start, rows.stop, high):
+        for left in range(cols.start, cols.stop, wide):
+            yield slice(top, min(top + high, rows.stop)), slice(left, min(left + wide, cols.stop))
+
+
+def _check_place(found: Any, name: str, place: Place) -> None:
+    """NotSameError if the reader does not find a tensor where it is written."""
+    output, info = place
+    same = isinstance(found, StoredTensor) and not found.turned and (found.name, found.begin) == (name, info.begin)
+    if not same or found.file.path != output.path or found.dtype != DTYPES.get(info.dtype, np.dtype("u1")):
+        raise NotSameError(f"{name}: is not read from where it is written; this is a fault in Weighbridge: please report it")
+
+
+def _write_grid(
+    layer: QuantizedLinear, repeat: int, smallest_zero: int, spec: TensorSpec, output: Output, info: TensorInfo, rows: slice, works: Any
+) -> None:
+    """Scales or zero points of some output rows, repeated, cast and packed as the target stores them."""
+    zeros: Array | None = None
+    if spec.part != "scales":
+        grid = moves.spell_zero_point(layer.groups)[rows] if layer.zero_points is None else layer.grid("zero_points", rows)
+        if grid.size and int(grid.min()) < smallest_zero:
+            raise UnreadableError(
+                f"{layer.name}: a zero point is {int(grid.min())}, which the plan did not find; the source changed: run again"
+            )
+        zeros = moves.repeat_groups(grid, repeat)
+    if zeros is not None and spec.part == "zero_points":
+        if spec.layout is None:
+            output.write(info, zeros.astype(DTYPES[spec.dtype]), rows.start, 0)
+            return
+        packed = spec.layout.pack(_padded(zeros, spec.columns, -spec.layout.offset))
+        output.write(info, packed, *spec.layout.corner(rows.start, 0))
+        return
+    scales = cast(moves.repeat_groups(layer.grid("scales", rows), repeat), DTYPES[spec.dtype])
+    if not np.isfinite(scales.astype(np.float32)).all():
+        raise UnreadableError(
+            f"{layer.name}: a scale does not fit {spec.dtype}, which the plan did not find; the source changed: run again"
+        )
+    if zeros is not None:
+        scales = scale_zeros(layer.name, scales, zeros, layer.scheme.weights.bits)
+    if spec.order:
+        scales = scales.reshape(-1, len(spec.order), scales.shape[1])[:, list(spec.order)].reshape(scales.shape)
+    scales = _padded(scales, spec.columns, 0)
+    output.write(info, scales.T if spec.transposed else scales, *((0, rows.start) if spec.transposed else (rows.start, 0)))
+
+
+def _padded(grid: Array, columns: int, value: int) -> Array:
+    """``grid`` [rows, groups] with columns of ``value`` after its own, up to ``columns`` of them."""
+    if columns <= grid.shape[1]:
+        return grid
+    padded = np.full((grid.shape[0], columns), value, dtype=grid.dtype)
+    padded[:, : grid.shape[1]] = grid
+    return padded
+
+
+def _write_vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec, output: Output, info: TensorInfo, works: Any) -> None:
+    """g_idx or bias."""
+    if spec.part == "g_idx":
+        data = moves.spell_g_idx(layer.shape[1], plan.target.group_size) if layer.g_idx is None else layer.g_idx
+    else:
+        assert layer.bias is not None
+        data = cast(read(layer.bias), DTYPES[spec.dtype])
+    output.write(info, data.reshape(1, -1), 0, 0)
+
+
+def cast(values: Array, dtype: np.dtype[Any]) -> Array:
+    """``values`` in ``dtype``, by way of float32 (exact for half precision), so rounded once; unchanged if it is theirs already."""
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        return to_float32(values).astype(dtype)

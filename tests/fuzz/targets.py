@@ -1,0 +1,106 @@
+"""What the fuzzers feed with bytes: each takes any bytes, and may raise nothing but Weighbridge's own errors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from attacks import CONFIG, DESCRIPTION, FOLDER, INDEX, MODEL, QUANTIZE, Files, awq, gemv, gptq, shards, slim
+from checkpoints import FIXTURES
+
+from convert.inspection import inspect
+from convert.mending import doctor
+from convert.planning import plan
+from formats.errors import WeighbridgeError
+from formats.patterns import Budget, Pattern
+from formats.safetensors_file import parse_header
+
+Target = Callable[[bytes, Path], None]
+CHOICES: tuple[tuple[Callable[[], Files], str], ...] = (
+    (awq, CONFIG),
+    (gptq, CONFIG),
+    (gptq, QUANTIZE),
+    (gemv, CONFIG),
+    (slim, DESCRIPTION),
+    (slim, CONFIG),
+    (shards, INDEX),
+)
+"""Sound folders, and in each the JSON file that fuzzing replaces."""
+
+
+def header(data: bytes, place: Path) -> None:
+    """The header parser: two bytes say how much data the file has, the rest is the header."""
+    size = int.from_bytes(data[:2], "little")
+    parse_header(data[2:], "fuzzed.safetensors", 8 + len(data) - 2, 8 + len(data) - 2 + size)
+
+
+def documents(data: bytes, place: Path) -> None:
+    """Descriptions, indexes and configs in a sound folder: one byte chooses which, the rest is its text."""
+    base, name = CHOICES[data[0] % len(CHOICES)] if data else CHOICES[0]
+    _commands({**base(), name: data[1:]}, place)
+
+
+def weights(data: bytes, place: Path) -> None:
+    """A whole weight file: two bytes are the header's length, one says whose config lies beside it."""
+    length = int.from_bytes(data[:2], "little")
+    _commands({**(gptq() if data[2:3] == b"g" else awq()), MODEL: length.to_bytes(8, "little") + data[3:]}, place)
+
+
+def patterns(data: bytes, place: Path) -> None:
+    """Expressions of ``dynamic`` and a name, divided by a line break."""
+    text, _, name = data.decode("utf-8", "replace").partition("\n")
+    Pattern(text).matches(name, Budget(100_000))
+
+
+TARGETS: dict[str, Target] = {"header": header, "documents": documents, "weights": weights, "patterns": patterns}
+
+
+def _commands(files: Files, place: Path) -> None:
+    """What reads headers and configs of a folder; each may refuse it."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    for name, content in files.items():
+        (place / name).write_bytes(content)
+    for command in (inspect, doctor, lambda folder: plan(folder, "gptq", jobs=1)):
+        with contextlib.suppress(WeighbridgeError):
+            command(place)
+
+
+def seeds(target: str) -> Iterator[bytes]:
+    """Inputs to begin with: what real tools wrote, the sound folders, and the attacks."""
+    goldens = sorted(FIXTURES.glob("*/*/*.safetensors"))
+    if target == "header":
+        for path in (*goldens, *FOLDER.glob("*/*.safetensors")):
+            content = path.read_bytes()
+            size = int.from_bytes(content[:8], "little")
+            if 8 + size <= len(content) and size < 1 << 15:
+                yield min(len(content) - 8 - size, 0xFFFF).to_bytes(2, "little") + content[8 : 8 + size]
+    elif target == "documents":
+        for number, (base, name) in enumerate(CHOICES):
+            yield bytes([number]) + base()[name]
+            for path in (*FIXTURES.glob(f"*/*/{name}"), *FOLDER.glob(f"*/{name}")):
+                yield bytes([number]) + path.read_bytes()[: 1 << 14]
+        for path in FIXTURES.glob("msmodelslim/**/quant_model_description*.json"):
+            yield bytes([4]) + path.read_bytes()[: 1 << 14]
+    elif target == "weights":
+        for path in (*FOLDER.glob(f"*/{MODEL}"),):
+            content = path.read_bytes()
+            if len(content) < 1 << 14:
+                yield content[:2] + (b"g" if b"g_idx" in content else b"a") + content[8:]
+    else:
+        for path in FOLDER.glob(f"*/{CONFIG}"):
+            rules = _rules(path)
+            yield from (f"{rule[:1000].removeprefix('-:')}\nmodel.layers.0.mlp.down_proj".encode() for rule in rules)
+        for rule in (r"^model\.layers\.(0|1)\..*mlp\.(?:gate|up)_proj$", r".*\.18\..*(?!x)[a-z]+?", r"(?i:[^a-f\d]{2,5}\b)"):
+            yield f"{rule}\nmodel.layers.18.mlp.gate_proj".encode()
+
+
+def _rules(path: Path) -> list[str]:
+    try:
+        rules = json.loads(path.read_bytes())["quantization_config"]["dynamic"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return []
+    return [rule for rule in list(rules)[:50] if isinstance(rule, str)] if isinstance(rules, dict) else []
