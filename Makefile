@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONWARNINGS =
 
-.PHONY: demo test fuzz oracles lint bench bench-pack clean
+.PHONY: demo test soak fuzz oracles lint bench bench-pack clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Weighbridge needs Python 3.10 or later; this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...") if sys.version_info < (3, 10) else None'
@@ -31,6 +31,11 @@ SECONDS ?= 3600
 fuzz: $(VENV)/.core
 	$(BIN)/pip install --quiet --editable '.[fuzz]'
 	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS)
+
+# Random plans on random checkpoints, killed now and then; each result is read by plain code that shares nothing with ours.
+# ROUNDS=20 makes fewer, SEED=7 repeats them; without SEED they are new ones, and the seed is printed.
+soak: $(VENV)/.core
+	$(BIN)/python scripts/soak.py --rounds $(or $(ROUNDS),200) $(if $(SEED),--seed $(SEED))
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

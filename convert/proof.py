@@ -12,7 +12,7 @@ is a rectangle of whole leaves (``convert.tiling``); it is gone through in strip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -321,11 +321,25 @@ class Matrices(Mapping[str, Matrix]):
         return name in self._plain or (module in self._layers and any(m.name == name for m in layer_matrices(self._checkpoint, module)))
 
     def __iter__(self) -> Iterator[str]:
+        return self.names(frozenset())
+
+    def names(self, without: Collection[str]) -> Iterator[str]:
+        """The names of matrices that are not among ``without``."""
         for kind, name in self._checkpoint.entries:
             if kind == "plain":
-                yield name
+                found = [name]
+            elif f"{name}.weight" in without and not any(part.endswith(".bias") for part in self._checkpoint.layer_tensors(name)):
+                continue  # a layer has nothing else
             else:
-                yield from (matrix.name for matrix in layer_matrices(self._checkpoint, name))
+                found = [matrix.name for matrix in layer_matrices(self._checkpoint, name)]
+            yield from (name for name in found if name not in without)
+
+    def items(self) -> Any:
+        return ((matrix.name, matrix) for matrix in self.values())
+
+    def values(self) -> Any:
+        for kind, name in self._checkpoint.entries:
+            yield from [plain_matrix(self._checkpoint, name)] if kind == "plain" else layer_matrices(self._checkpoint, name)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from formats.errors import DestinationError, NotSameError
+from formats.errors import DestinationError, NotSameError, ReadFailedError
 from formats.ir import Array
 from formats.safetensors_file import OutputFile, TensorIndex, TensorInfo, TensorSet
 from formats.workspace import Workspace
@@ -132,7 +132,7 @@ def staging(destination: Path, size: int, sources: Sequence[Path], overwrite: bo
         _make_durable(stage)
         _rename(stage, target)
         stage.remove()
-    except (OSError, KeyboardInterrupt) as error:  # not of the weights: the same command can finish it
+    except (OSError, ReadFailedError, KeyboardInterrupt) as error:  # not of the weights: the same command can finish it
         stage.keep = stage.journal.holds_work and stage.model.is_dir()
         if isinstance(error, OSError):
             raise DestinationError(_sentence(error, stage)) from None
@@ -425,6 +425,9 @@ def clean(folder: str | os.PathLike[str], *, list_only: bool = False) -> list[Un
     for item in found:
         if not (list_only or item.running):
             try:
+                replaced = Path(item.path) / "replaced"
+                if replaced.is_dir() and not os.path.lexists(item.destination):  # a run was killed between two renames
+                    os.rename(replaced, item.destination)
                 shutil.rmtree(item.path)
             except OSError as error:
                 raise DestinationError(f"{item.path}: cannot be removed ({error.strerror or error})") from None

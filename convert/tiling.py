@@ -62,6 +62,8 @@ def tile_shape(grid: tuple[int, int], sides: Sequence[Side], budget: int, scales
 
     budget   bytes that a tile may hold; scales: bytes of scales and zero points held per code
     """
+    if not (grid[0] and grid[1]):
+        return 1, 1
     (rows, cols), held = grid, max(sum(side.held for side in sides) + scales, 0.25)
     area = max(LEAF_ROWS * LEAF_COLS, min(MOST, int(budget / held)))
     high = min(rows, max([LEAF_ROWS] + [PIECE / side.per_step for side in sides if side.by_input]))

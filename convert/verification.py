@@ -77,11 +77,14 @@ def verify(
     left, right = (_opened(path, gptq_zeros) for path in (a, b))
     ours, theirs = Matrices(left), Matrices(right)
     verdict = Verdict(Fingerprint(), Fingerprint(), 0, [], [], [], [])
+    seen: set[str] = set()
 
     def finish(first: Matrix, second: Matrix, found: list[tuple[slice, slice, Found]]) -> None:
         comparison = join(first, second, found)
+        equal = comparison.left == comparison.right
         verdict.left.add(first.name, first.shape, comparison.left)
-        verdict.right.add(second.name, second.shape, comparison.right)
+        verdict.right.add(first.name, first.shape, comparison.left if equal else comparison.right)
+        seen.add(first.name)
         verdict.compared += 1
         if not comparison.same:
             verdict.different.append(comparison)
@@ -103,7 +106,8 @@ def verify(
                 verdict.different.append(Comparison(name, "different", "different", "different", 1.0, "", "", shapes))
             else:
                 work.submit([matrix, other], partial(finish, matrix, other))
-        for name, matrix in theirs.items():
+        for name in theirs.names(without=seen):
+            matrix = theirs[name]
             if name not in ours and not is_zero_bias(matrix):
                 verdict.only_right.append(name)
                 work.submit([matrix], partial(_digested, verdict.right, matrix))

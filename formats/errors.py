@@ -7,7 +7,8 @@
     ├── RefusedError               exit 3   the target cannot hold it, or a loss was not allowed
     ├── NotSameError               exit 4   two checkpoints do not hold the same weights
     ├── UnreadableError            exit 5   the input is damaged, contradictory or unsafe
-    │   └── HeaderError            exit 5   a safetensors header or an index breaks its rules
+    │   ├── HeaderError            exit 5   a safetensors header or an index breaks its rules
+    │   └── ReadFailedError        exit 5   the system could not read a file: trying again may help
     └── DestinationError           exit 1   the output cannot be written where it was asked for
 
 Every message is one sentence that says where (layer or file), what was found, what was wanted,
@@ -20,6 +21,7 @@ __all__ = [
     "DestinationError",
     "HeaderError",
     "NotSameError",
+    "ReadFailedError",
     "RefusedError",
     "UnreadableError",
     "UsageError",
@@ -62,6 +64,10 @@ class UnreadableError(WeighbridgeError):
     """The input is damaged, contradicts itself, or would be unsafe to follow."""
 
     exit_code = 5
+
+
+class ReadFailedError(UnreadableError):
+    """The system could not read a file that is there: a failing disk or network. Trying again may help."""
 
 
 class HeaderError(UnreadableError):

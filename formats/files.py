@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import UnreadableError
+from .errors import ReadFailedError, UnreadableError
 
 MAX_OPEN = max(4, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 """Files held open at once; a checkpoint may have more shards than a process may have descriptors."""
@@ -107,7 +107,7 @@ def read_at(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
         try:
             done = os.preadv(descriptor, [view], offset)
         except OSError as error:
-            raise UnreadableError(f"{path.name}: cannot be read at byte {offset} ({error.strerror or error})") from None
+            raise ReadFailedError(f"{path.name}: cannot be read at byte {offset} ({error.strerror or error})") from None
         if not done:
             raise UnreadableError(f"{path.name}: ends at byte {offset}, {len(view)} bytes too early; it was truncated while it was read")
         view = view[done:]

@@ -26,8 +26,8 @@ except ImportError:  # Python 3.10
     import sre_constants as codes
     import sre_parse as parser
 
-BUDGET = 100_000_000
-"""Steps that the patterns of one folder may take: half a minute at most, and a hundred times what real folders need."""
+BUDGET = 50_000_000
+"""Steps that the patterns of one folder may take: some ten seconds, and many times what real folders need."""
 LONGEST = 10_000
 """Characters of one pattern."""
 LONGEST_NAME = 300

@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -243,9 +244,10 @@ def parse_header(header: bytes, name: str, data_start: int, file_size: int, numb
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderError(f"{name}: __metadata__ must map strings to strings")
     for key, entry in root.items():
-        root[key] = _parse_tensor(key, entry, name, data_start, number)
+        _parse_tensor(key, entry, name, data_start, number)
     expected, table = data_start, TensorTable(number)
-    for key, info in sorted(root.items(), key=lambda item: (item[1].begin, item[1].end)):
+    for key in sorted(root, key=lambda key: root[key][2]):  # what was checked is a tuple, its offsets last
+        info = _parse_tensor(key, root.pop(key), name, data_start, number)
         if info.end > file_size:
             raise HeaderError(
                 f"{name}: tensor {key!r} ends at byte {info.end}, but the file has {file_size}; it is truncated: copy it again"
@@ -422,7 +424,8 @@ def open_index(folder: Path, index: Path, opener: Callable[[Path, int], StoredFi
     document   the index's content, if it is not to be read
     raises HeaderError for an index of the wrong types, a name that leaves the folder, or one that disagrees with the shards
     """
-    document = load_json(_read_bytes(index), index.name) if document is None else document
+    on_disk = document is None
+    document = load_json(_read_bytes(index), index.name) if on_disk else document
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise HeaderError(f"{index.name}: weight_map must map tensor names to file names")
@@ -435,16 +438,24 @@ def open_index(folder: Path, index: Path, opener: Callable[[Path, int], StoredFi
             raise HeaderError(f"{index.name}: the shard name {shard!r} leaves the folder; only plain file names are followed")
         if len(os.fsencode(shard)) > 255 or not (folder / shard).is_file():
             raise HeaderError(f"{index.name}: lists {shard[:80]}, which is not in the folder: copy it there")
+    if on_disk:
+        _refuse_strays(folder, index, shards)
     return TensorSet([folder / shard for shard in shards], weight_map, index.name, opener)
 
 
+def _refuse_strays(folder: Path, index: Path, shards: Sequence[str]) -> None:
+    """HeaderError for a shard of the index's own series that it does not list: its tensors would be lost without a word."""
+    series = re.compile(re.escape(index.name.removesuffix(".safetensors.index.json")) + r"-\d{5}-of-\d{5}\.safetensors")
+    strays = sorted(name for name in os.listdir(folder) if series.fullmatch(name) and name not in shards)
+    if strays:
+        raise HeaderError(f"{index.name}: does not list {strays[0]}, which lies beside it; remove the file, or correct the index")
+
+
 def _read_bytes(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise HeaderError(f"{path.name}: {path.stat().st_size} bytes is more than such a file can need")
-        return path.read_bytes()
-    except OSError as error:
-        raise UnreadableError(f"{path.name}: cannot be read ({error.strerror or error})") from None
+    file = ReadableFile(path)
+    if file.size > MAX_HEADER_BYTES:
+        raise HeaderError(f"{path.name}: {file.size} bytes is more than such a file can need")
+    return file.read(0, file.size)
 
 
 def read_json(path: Path) -> dict[str, Any]:

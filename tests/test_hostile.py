@@ -330,7 +330,7 @@ INDEXES: dict[str, tuple[Attack, tuple[str, ...]]] = {
     "tensor in two shards": (duplicate, (CODES,)),
     "weight_map is a list": (index(lambda document: document.update(weight_map=[])), (INDEX, "weight_map")),
     "weight_map is missing": (index(lambda document: document.pop("weight_map")), (INDEX, "weight_map")),
-    "weight_map is empty": (index(lambda document: document.update(weight_map={})), ("no weight file holds",)),
+    "weight_map is empty": (index(lambda document: document.update(weight_map={})), ("does not list",)),
     "shard is a number": (index(lambda document: document["weight_map"].update({CODES: 2})), (INDEX, "weight_map")),
     "index is no JSON": (lambda source: (source / INDEX).write_text("{", "utf-8"), (INDEX, "JSON")),
     "two indexes": (

@@ -77,7 +77,7 @@ def test_real_rules_cost_next_to_nothing() -> None:
     for number in range(10_000):
         assert rules[2].matches(f"model.layers.{number % 60}.mlp.experts.{number}.gate_proj", budget)
         assert rules[0].matches(f"model.layers.{number % 60}.mlp.experts.{number}.gate_proj", budget) is (number % 60 == 18 or number == 18)
-    assert budget._left > 0.98 * formats.patterns.BUDGET
+    assert budget._left > 0.95 * formats.patterns.BUDGET
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,7 @@ def run_target(name: str, arguments: list[str]) -> None:
         import targets
     from formats.errors import WeighbridgeError
 
-    memory = Path("/dev/shm")
-    place = Path(tempfile.mkdtemp(prefix="weighbridge-fuzz-", dir=memory if memory.is_dir() else None)) / "source"
+    place = Path(os.environ.get("FUZZ_PLACE") or tempfile.mkdtemp(prefix="weighbridge-fuzz-")) / "source"
 
     def one(data: bytes) -> None:
         with contextlib.suppress(WeighbridgeError):
@@ -60,7 +59,10 @@ def fuzz(name: str, seconds: int) -> int:
     limits = [f"-max_total_time={seconds}", "-timeout=10", "-rss_limit_mb=1024", "-max_len=16384", "-print_final_stats=1", "-verbosity=0"]
     command = [sys.executable, __file__, "--target", name, "--", *limits, f"-artifact_prefix={found}/", str(corpus)]
     begin = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(prefix="weighbridge-fuzz-", dir=memory) as place:
+        environment = {**os.environ, "FUZZ_PLACE": place}
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
     lines = done.stderr.splitlines() + done.stdout.splitlines()
     runs = next((line.split()[-1] for line in lines if "number_of_executed_units" in line), "?")
     ran_out = time.monotonic() - begin < seconds / 2
