@@ -10,7 +10,7 @@ from formats.errors import UsageError
 MIB = 1 << 20
 DEFAULT_MEMORY = 256 * MIB
 
-LIBRARIES = 52 * MIB
+LIBRARIES = 62 * MIB
 """NumPy, Numba and the rest, imported and warm."""
 
 WORKER = 14 * MIB

@@ -264,6 +264,10 @@ class Planner:
         moves, target_args, repeat = self._regroup(header, group_size)
         bias_dtype = None if header.bias_dtype is None else self._bias_dtype(header.bias_dtype)
         scale_dtype = self._scale_dtype(header.scale_dtype, target_args.strategy == "channel")
+        if not ({"keep", scale_dtype} & set(holds.scale_dtypes)):
+            offers = f"stores them in {' or '.join(TORCH_NAMES[dtype] for dtype in holds.scale_dtypes)}"
+            hint = "leave --scale-dtype out: rounding is measured, and what rounds too much is refused"
+            self._refuse("scale-dtype", name, f"scales in {TORCH_NAMES[scale_dtype]}", offers, hint)
         target = LayerTarget(name, self._one(header.shape), self._one(QuantScheme(target_args)), scale_dtype, bias_dtype)
         return LayerPlan(target, header.scheme, self._one(moves), repeat)
 
@@ -387,7 +391,7 @@ class Planner:
 
     def _check_container(self, header: QuantizedLinear) -> None:
         """The first codes of a layer must fit its bits: bytes that do not are packed, whatever the description says."""
-        sample = read(header.codes, slice(0, min(64, header.shape[0])))
+        sample = read(header.codes, slice(0, min(64, header.shape[0])), slice(0, min(4096, header.shape[1])))
         if sample.size:
             check_codes(header, int(sample.min()), int(sample.max()))
 

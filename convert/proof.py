@@ -497,7 +497,7 @@ class ValueProof:
 def _same_small(left: Tile, right: Tile) -> bool:
     """Whether scales and zero points of a tile are the same for every column."""
     pairs = np.stack([left.group, right.group])
-    pairs = pairs[:, np.append(True, (np.diff(pairs) != 0).any(axis=0))]
+    pairs = np.unique(pairs[:, np.append(True, (np.diff(pairs) != 0).any(axis=0))], axis=1)
     if not np.array_equal(_columns(left.scales, pairs[0]), _columns(right.scales, pairs[1])):
         return False
     if left.zeros is None or right.zeros is None:
@@ -514,7 +514,7 @@ def _countable(layer: QuantizedLinear) -> bool:
 def _compare_small(a: QuantizedLinear, b: QuantizedLinear, rows: slice) -> tuple[Agreement, Agreement, float, str]:
     """Zero points and scales of a band, on the common refinement of both sides' groups."""
     groups = np.stack([a.group_of(), b.group_of()])
-    pairs = groups[:, np.append(True, (np.diff(groups) != 0).any(axis=0))]
+    pairs = np.unique(groups[:, np.append(True, (np.diff(groups) != 0).any(axis=0))], axis=1)
     zero_points: Agreement = "equal"
     detail = ""
     if a.zero_points is not None or b.zero_points is not None:
@@ -552,15 +552,20 @@ def _columns(grid: Array, groups: Array) -> Array:
 
 def compare_rounded(left: Array, right: Array) -> tuple[Agreement, float]:
     """Whether two float arrays are equal, equal after rounding one to the other's dtype, or different; largest relative difference."""
-    ours, theirs = to_float32(left), to_float32(right)
-    if np.array_equal(ours, theirs):
-        return "equal", 0.0
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        narrowed = to_float32(ours.astype(right.dtype)), to_float32(theirs.astype(left.dtype))
-        rounded = np.array_equal(narrowed[0], theirs) or np.array_equal(narrowed[1], ours)
-        size = np.maximum(np.abs(ours), np.abs(theirs))
-        bound = float((np.abs(ours - theirs) / np.where(size > 0, size, 1)).max(initial=0))
-    return ("rounded" if rounded else "different"), bound
+    equal, bound, narrows = True, 0.0, [True, True]
+    sides = left.reshape(-1), right.reshape(-1)
+    for start in range(0, sides[0].size, 1 << 16):
+        a, b = (side[start : start + (1 << 16)] for side in sides)
+        ours, theirs = to_float32(a), to_float32(b)
+        if np.array_equal(ours, theirs):
+            continue
+        equal = False
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            narrows[0] &= np.array_equal(to_float32(ours.astype(right.dtype)), theirs)
+            narrows[1] &= np.array_equal(to_float32(theirs.astype(left.dtype)), ours)
+            size = np.maximum(np.abs(ours), np.abs(theirs))
+            bound = max(bound, float((np.abs(ours - theirs) / np.where(size > 0, size, 1)).max(initial=0)))
+    return ("equal" if equal else "rounded" if any(narrows) else "different"), bound
 
 
 def _in_own_dtype(matrix: Matrix, values: Array) -> Array:

@@ -15,7 +15,7 @@ import numpy as np
 from formats.ir import ArrayLike, QuantizedLinear
 from formats.layouts import Layout, PackedMatrix
 
-from .proof import LEAF_COLS, LEAF_ROWS, Matrix
+from .proof import LEAF_COLS, LEAF_ROWS, STRIP, Matrix
 
 PIECE = 4096
 """Bytes of a file that are worth a system call."""
@@ -76,7 +76,8 @@ def tile_shape(grid: tuple[int, int], sides: Sequence[Side], budget: int, scales
     else:
         wide = max(wide, area / min(high, rows))
         high = max(high, area / min(wide, cols))
-    return _even(rows, high, LEAF_ROWS), _even(cols, wide, LEAF_COLS)
+    wide = min(wide, STRIP // LEAF_ROWS)  # a strip has at least the height of a leaf
+    return _even(rows, max(high, min(rows, area / wide)), LEAF_ROWS), _even(cols, wide, LEAF_COLS)
 
 
 def _even(length: int, step: float, unit: int) -> int:

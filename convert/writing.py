@@ -85,7 +85,7 @@ class LayerWriter:
                 step = max(64, GRID // max(1, layer.groups[1] * self._layer.repeat) // 64 * 64)
                 for start in range(0, layer.groups[0], step):
                     rows = slice(start, min(start + step, layer.groups[0]))
-                    yield partial(_write_grid, layer, self._layer.repeat, self._smallest_zero(), spec, output, info, rows)
+                    yield partial(_write_grid, layer, self._layer, self._smallest_zero(), spec, output, info, rows)
             else:
                 yield partial(_write_vector, layer, self._layer, spec, output, info)
 
@@ -227,7 +227,7 @@ def _check_place(found: Any, name: str, place: Place) -> None:
 
 
 def _write_grid(
-    layer: QuantizedLinear, repeat: int, smallest_zero: int, spec: TensorSpec, output: Output, info: TensorInfo, rows: slice, works: Any
+    layer: QuantizedLinear, plan: LayerPlan, smallest_zero: int, spec: TensorSpec, output: Output, info: TensorInfo, rows: slice, works: Any
 ) -> None:
     """Scales or zero points of some output rows, repeated, cast and packed as the target stores them."""
     zeros: Array | None = None
@@ -237,7 +237,7 @@ def _write_grid(
             raise UnreadableError(
                 f"{layer.name}: a zero point is {int(grid.min())}, which the plan did not find; the source changed: run again"
             )
-        zeros = moves.repeat_groups(grid, repeat)
+        zeros = moves.repeat_groups(grid, plan.repeat)
     if zeros is not None and spec.part == "zero_points":
         if spec.layout is None:
             output.write(info, zeros.astype(DTYPES[spec.dtype]), rows.start, 0)
@@ -245,13 +245,13 @@ def _write_grid(
         packed = spec.layout.pack(_padded(zeros, spec.columns, -spec.layout.offset))
         output.write(info, packed, *spec.layout.corner(rows.start, 0))
         return
-    scales = cast(moves.repeat_groups(layer.grid("scales", rows), repeat), DTYPES[spec.dtype])
+    scales = cast(moves.repeat_groups(layer.grid("scales", rows), plan.repeat), DTYPES[spec.dtype])
     if not np.isfinite(scales.astype(np.float32)).all():
         raise UnreadableError(
             f"{layer.name}: a scale does not fit {spec.dtype}, which the plan did not find; the source changed: run again"
         )
     if zeros is not None:
-        scales = scale_zeros(layer.name, scales, zeros, layer.scheme.weights.bits)
+        scales = scale_zeros(layer.name, scales, zeros, plan.target.scheme.weights.bits)  # those of the carrier
     if spec.order:
         scales = scales.reshape(-1, len(spec.order), scales.shape[1])[:, list(spec.order)].reshape(scales.shape)
     scales = _padded(scales, spec.columns, 0)

@@ -375,3 +375,11 @@ def test_tile_kernels_are_the_reference(tile: str, monkeypatch: pytest.MonkeyPat
         found = layout.unpack(source, slice(high, None), slice(wide, 3 * wide), "i2")
         np.testing.assert_array_equal(found, codes[high:, wide : 3 * wide])
         assert found.dtype == np.int16
+
+
+@pytest.mark.parametrize("case", ["gptq_v1_2b_g64_asym", "gptq_v1_3b_g128_asym", "gptqmodel_v2_3b_g128"])
+def test_fewer_bits_keep_their_weights_where_zero_points_are_multiplied_by_scales(case: str, tmp_path: Path) -> None:
+    source = Path(__file__).parent.parent / "fixtures" / "awq_gptq" / case
+    result = convert(source, tmp_path / "out", "awq:gemv_fast", proof=False)
+    assert "widen-codes" in result.plan.move_counts()
+    assert verify(source, tmp_path / "out").same
