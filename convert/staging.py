@@ -244,6 +244,7 @@ class Output:
 
     def __init__(self, folder: Path, file: OutputFile) -> None:
         self.path, self.file = folder / file.name, file
+        self._turn = threading.Lock()
         self.dirty = False
 
     def make(self) -> None:
@@ -279,7 +280,7 @@ class Output:
     def write(self, info: TensorInfo, array: Array, row: int, col: int) -> None:
         """Write a rectangle of a 2-D (or, with row 0, 1-D) stored tensor: ``array`` at [row, col]."""
         lines, begin, step = _lines(info, array, row, col)
-        with self.opened() as handle:
+        with self._turn, self.opened() as handle:  # one at a time: writers of one file would spin on its lock, line by line
             for number, line in enumerate(lines):
                 write_all(handle, line, begin + number * step)
         self.dirty = True  # after the writes: a sync that clears it now comes after them

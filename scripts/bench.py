@@ -26,6 +26,8 @@ from pathlib import Path
 
 import synthetic
 
+sys.path.append(str(Path(__file__).parent.parent))
+
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "msmodelslim" / "w4a16_g128_sym_bf16"
 
 
@@ -84,19 +86,36 @@ def bench_hub(folder: Path, layers: int, runs: int) -> list[list[str]]:
     for origin, targets in (("awq", ("gptq", "msmodelslim:ascendv1")), ("gptq", ("awq", "msmodelslim:ascendv1"))):
         place = folder / origin
         subprocess.run([*TOOL, "convert", str(source), str(place), "--to", origin, "--no-proof"], check=True, stdout=subprocess.DEVNULL)
-        rows = against_copy(folder / "out", place, [(place, to) for to in targets], runs)
+        rows = against_copy(folder / "out", place, [(place, to) for to in targets], runs, _others(origin, place, folder / "out"))
         table += [[f"{origin}: {row[0]}", *row[1:]] for row in rows]
         shutil.rmtree(place)
     return table
 
 
-def against_copy(target: Path, source: Path, routes: list[tuple[Path, str]], runs: int) -> list[list[str]]:
-    """A row for the copy of ``source`` and two for every route, proved and not."""
+def _others(origin: str, source: Path, target: Path) -> dict[str, list[str]]:
+    """What another tool makes of the same folder: compressed-tensors' converter of AutoAWQ, where ``make oracles`` installed it."""
+    from noxfile import cache_folder
+
+    python = cache_folder() / "oracles" / "gptqmodel" / "bin" / "python"
+    if origin != "awq" or not python.exists():
+        return {}
+    code = (
+        "import sys; from compressed_tensors.entrypoints.convert import AutoAWQConverter, convert_checkpoint;"
+        "convert_checkpoint(sys.argv[1], sys.argv[2], AutoAWQConverter.from_pretrained(sys.argv[1]), max_workers=2)"
+    )
+    return {"compressed-tensors' convert_checkpoint, to compressed-tensors": [str(python), "-c", code, str(source), str(target)]}
+
+
+def against_copy(
+    target: Path, source: Path, routes: list[tuple[Path, str]], runs: int, others: dict[str, list[str]] | None = None
+) -> list[list[str]]:
+    """A row for the copy of ``source``, two for every route, proved and not, and one for each of ``others``."""
     size = sum(path.stat().st_size for path in source.iterdir())
     rows: dict[str, list[str]] = {"cp + fsync": copy(source, target)}
     for origin, to in routes:
         rows[f"convert to {to}, proved"] = [*TOOL, "convert", str(origin), str(target), "--to", to]
         rows[f"convert to {to}, --no-proof"] = [*TOOL, "convert", str(origin), str(target), "--to", to, "--no-proof"]
+    rows |= others or {}
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in rows}
     subprocess.run(["sh", "-c", f"cat '{source}'/* > /dev/null"], check=True)
     for number in range(runs + 1):
