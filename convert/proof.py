@@ -497,7 +497,7 @@ class ValueProof:
 def _same_small(left: Tile, right: Tile) -> bool:
     """Whether scales and zero points of a tile are the same for every column."""
     pairs = np.stack([left.group, right.group])
-    pairs = np.unique(pairs[:, np.append(True, (np.diff(pairs) != 0).any(axis=0))], axis=1)
+    pairs = _distinct(pairs)
     if not np.array_equal(_columns(left.scales, pairs[0]), _columns(right.scales, pairs[1])):
         return False
     if left.zeros is None or right.zeros is None:
@@ -514,7 +514,7 @@ def _countable(layer: QuantizedLinear) -> bool:
 def _compare_small(a: QuantizedLinear, b: QuantizedLinear, rows: slice) -> tuple[Agreement, Agreement, float, str]:
     """Zero points and scales of a band, on the common refinement of both sides' groups."""
     groups = np.stack([a.group_of(), b.group_of()])
-    pairs = np.unique(groups[:, np.append(True, (np.diff(groups) != 0).any(axis=0))], axis=1)
+    pairs = _distinct(groups)
     zero_points: Agreement = "equal"
     detail = ""
     if a.zero_points is not None or b.zero_points is not None:
@@ -566,6 +566,14 @@ def compare_rounded(left: Array, right: Array) -> tuple[Agreement, float]:
             size = np.maximum(np.abs(ours), np.abs(theirs))
             bound = max(bound, float((np.abs(ours - theirs) / np.where(size > 0, size, 1)).max(initial=0)))
     return ("equal" if equal else "rounded" if any(narrows) else "different"), bound
+
+
+def _distinct(pairs: Array) -> Array:
+    """The distinct columns of ``pairs`` [2, n], integers from 0. (``np.unique`` by axis would load numpy.ma.)"""
+    count = int(pairs[1].max()) + 1
+    keys = np.sort(pairs[0].astype(np.int64) * count + pairs[1])
+    keys = keys[np.append(True, np.diff(keys) != 0)]
+    return np.stack([keys // count, keys % count])
 
 
 def _in_own_dtype(matrix: Matrix, values: Array) -> Array:

@@ -86,11 +86,11 @@ class ReadableFile:
         with self.opened() as descriptor:
             read_at(descriptor, memoryview(buffer).cast("B"), offset, self.path)
 
-    def read(self, offset: int, length: int) -> bytes:
+    def read(self, offset: int, length: int) -> bytearray:
         """``length`` bytes from ``offset``."""
         buffer = bytearray(length)
         self.read_into(buffer, offset)
-        return bytes(buffer)
+        return buffer
 
     def unchanged(self) -> bool:
         """Whether the file at the path still is the one that was opened, with its size and time."""

@@ -103,10 +103,10 @@ class TensorTable(Mapping[str, TensorInfo]):
         self._bounds.append(begin)
         self._bounds.append(end)
 
-    def row(self, number: int) -> TensorInfo:
-        """The tensor with this number, in the order of the data."""
+    def row(self, number: int, file: int | None = None) -> TensorInfo:
+        """The tensor with this number, in the order of the data; file: as one of this file's."""
         begin, end = self._bounds[2 * number], self._bounds[2 * number + 1]
-        return TensorInfo(self._dtypes[number], self._shapes[number], begin, end, self._file)
+        return TensorInfo(self._dtypes[number], self._shapes[number], begin, end, self._file if file is None else file)
 
     def _by_name(self) -> dict[str, int]:
         """Numbers by name; made when first asked for, since a set of files has a list of its own."""
@@ -161,7 +161,7 @@ class TensorIndex(Mapping[str, TensorInfo]):
     def __getitem__(self, name: str) -> TensorInfo:
         number = self._numbers[name]
         table = bisect.bisect_right(self._starts, number) - 1
-        return replace(self._tables[table].row(number - self._starts[table]), file=table)
+        return self._tables[table].row(number - self._starts[table], table)
 
     def __contains__(self, name: object) -> bool:
         return name in self._numbers
@@ -195,10 +195,10 @@ def nbytes(dtype: str, shape: Sequence[int]) -> int:
     return count // 2 if dtype == "F4" else count * DTYPES[dtype].itemsize
 
 
-def load_json(text: bytes, what: str, compact: Callable[[dict[str, Any]], Any] = lambda found: found) -> Any:
+def load_json(text: bytes | bytearray, what: str, compact: Callable[[dict[str, Any]], Any] = lambda found: found) -> Any:
     """Strict JSON: UTF-8, no duplicate keys, no NaN or Infinity.
 
-    what      names the text in errors; compact: what to keep of each object instead of a dictionary
+    text      is emptied if it can be; what: names it in errors; compact: what to keep of each object instead of a dictionary
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -214,7 +214,8 @@ def load_json(text: bytes, what: str, compact: Callable[[dict[str, Any]], Any] =
 
     try:
         escaped, decoded = b"\\u" in text, text.decode("utf-8")
-        del text  # a list of all tensors is large enough to be held once only
+        if isinstance(text, bytearray):
+            text.clear()  # whoever holds it: a list of all tensors is large enough to be held once only
         document = json.loads(decoded, object_pairs_hook=unique, parse_constant=constant)
         del decoded
         if escaped:  # an escape may name half of a surrogate pair, which no text holds
@@ -230,7 +231,9 @@ def load_json(text: bytes, what: str, compact: Callable[[dict[str, Any]], Any] =
         raise HeaderError(f"{what}: not valid JSON ({error})") from None
 
 
-def parse_header(header: bytes, name: str, data_start: int, file_size: int, number: int = 0) -> tuple[TensorTable, dict[str, str]]:
+def parse_header(
+    header: bytes | bytearray, name: str, data_start: int, file_size: int, number: int = 0
+) -> tuple[TensorTable, dict[str, str]]:
     """Check a header against every rule of the module docstring.
 
     header        the JSON bytes; name: the file, for errors; data_start, file_size in bytes; number: the file's, in its set
@@ -244,19 +247,18 @@ def parse_header(header: bytes, name: str, data_start: int, file_size: int, numb
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderError(f"{name}: __metadata__ must map strings to strings")
     for key, entry in root.items():
-        _parse_tensor(key, entry, name, data_start, number)
+        _check_tensor(key, entry, name)
     expected, table = data_start, TensorTable(number)
     for key in sorted(root, key=lambda key: root[key][2]):  # what was checked is a tuple, its offsets last
-        info = _parse_tensor(key, root.pop(key), name, data_start, number)
-        if info.end > file_size:
-            raise HeaderError(
-                f"{name}: tensor {key!r} ends at byte {info.end}, but the file has {file_size}; it is truncated: copy it again"
-            )
-        if info.begin != expected:
-            how = "overlaps the tensor before it" if info.begin < expected else "leaves a gap before it"
-            raise HeaderError(f"{name}: tensor {key!r} begins at byte {info.begin}, wanted {expected}: it {how}")
-        expected = info.end
-        table.add(sys.intern(key), info.dtype, info.shape, info.begin, info.end)
+        dtype, shape, (begin, end) = root.pop(key)
+        begin, end = data_start + begin, data_start + end
+        if end > file_size:
+            raise HeaderError(f"{name}: tensor {key!r} ends at byte {end}, but the file has {file_size}; it is truncated: copy it again")
+        if begin != expected:
+            how = "overlaps the tensor before it" if begin < expected else "leaves a gap before it"
+            raise HeaderError(f"{name}: tensor {key!r} begins at byte {begin}, wanted {expected}: it {how}")
+        expected = end
+        table.add(sys.intern(key), dtype, shape, begin, end)
     if expected != file_size:
         raise HeaderError(f"{name}: {file_size - expected} bytes follow the last tensor; they belong to nothing")
     return table, metadata
@@ -273,7 +275,7 @@ def _compact(found: dict[str, Any]) -> Any:
     return sys.intern(dtype), _same_tuple(tuple(shape)), tuple(offsets)
 
 
-def _parse_tensor(key: str, entry: Any, name: str, data_start: int, number: int) -> TensorInfo:
+def _check_tensor(key: str, entry: Any, name: str) -> None:
     if isinstance(entry, tuple):
         dtype, shape, offsets = entry[0], list(entry[1]), list(entry[2])
     elif not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -296,7 +298,6 @@ def _parse_tensor(key: str, entry: Any, name: str, data_start: int, number: int)
             f"{name}: tensor {key!r}: {dtype} {shape} takes {nbytes(dtype, shape)} bytes, "
             f"but its data_offsets span {offsets[1] - offsets[0]}"
         )
-    return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1], number)
 
 
 class SafetensorsFile:
@@ -317,8 +318,8 @@ class SafetensorsFile:
                 f"(and {MAX_HEADER_BYTES} is the most a header may have); it is truncated or not safetensors"
             )
         header = self._file.read(8, length)
-        self.tensors, self.metadata = parse_header(header, path.name, 8 + length, size, number)
         self.identity = SourceFile(path.name, size, self._file.mtime_ns, xxhash.xxh3_128_hexdigest(header))
+        self.tensors, self.metadata = parse_header(header, path.name, 8 + length, size, number)
 
     def tensor(self, name: str, info: TensorInfo | None = None) -> StoredTensor:
         """The tensor (F4 as its bytes), unread. info: its own, if it is at hand."""
@@ -451,7 +452,7 @@ def _refuse_strays(folder: Path, index: Path, shards: Sequence[str]) -> None:
         raise HeaderError(f"{index.name}: does not list {strays[0]}, which lies beside it; remove the file, or correct the index")
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytearray:
     file = ReadableFile(path)
     if file.size > MAX_HEADER_BYTES:
         raise HeaderError(f"{path.name}: {file.size} bytes is more than such a file can need")
@@ -536,13 +537,16 @@ def _lay_out_file(tensors: list[_Sized]) -> OutputFile:
     return OutputFile("", table, begin)
 
 
+_COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+
+
 def _header_text(ordered: Iterable[_Sized]) -> Iterator[bytes]:
     """The header's JSON, without its padding, for tensors in the order of their data; piece by piece."""
     yield b'{"__metadata__":{"format":"pt"}'
     position = 0
     for name, dtype, shape, size in ordered:
         entry = {"dtype": dtype, "shape": shape, "data_offsets": (position, position + size)}
-        yield f",{json.dumps(name, ensure_ascii=False)}:{json.dumps(entry, separators=(',', ':'))}".encode()
+        yield f",{_COMPACT.encode(name)}:{_COMPACT.encode(entry)}".encode()
         position += size
     yield b"}"
 
