@@ -25,7 +25,7 @@ from formats.safetensors_file import DEFAULT_SHARD_BYTES
 from formats.workspace import Workspace
 
 from .certificate import version, write_certificate
-from .folder import write_sidecars
+from .folder import check_carried, write_sidecars
 from .journal import Key, TileRecord
 from .memory import DEFAULT_MEMORY
 from .planning import plan
@@ -126,6 +126,7 @@ def run(
 ) -> Result:
     """Carry out a plan without refusals; see ``convert``."""
     plan.raise_if_refused()
+    check_carried(plan.base or plan.checkpoint.location)  # before hours of work, and again when it is done
     expect_work(plan.codes)
     sources = [plan.checkpoint.location.folder] + ([] if plan.base is None else [plan.base.folder])
     with staging(Path(dst), plan.target_bytes, sources, overwrite) as stage:
