@@ -439,9 +439,10 @@ def open_index(folder: Path, index: Path, opener: Callable[[Path, int], StoredFi
             raise HeaderError(f"{index.name}: the shard name {shard!r} leaves the folder; only plain file names are followed")
         if len(os.fsencode(shard)) > 255 or not (folder / shard).is_file():
             raise HeaderError(f"{index.name}: lists {shard[:80]}, which is not in the folder: copy it there")
+    tensors = TensorSet([folder / shard for shard in shards], weight_map, index.name, opener)
     if on_disk:
         _refuse_strays(folder, index, shards)
-    return TensorSet([folder / shard for shard in shards], weight_map, index.name, opener)
+    return tensors
 
 
 def _refuse_strays(folder: Path, index: Path, shards: Sequence[str]) -> None:
