@@ -586,6 +586,8 @@ class Task:
         if layer.zeros.min() + half < holds.smallest or layer.zeros.max() + half >= 2 * half:
             yield "zero-point"
         dtype = self.scales_in(layer)
+        if self.target in {"awq:gemv", "awq:gemv_fast", "awq:marlin"} and dtype != "F16":  # what their kernels read
+            yield "scale-dtype"
         stored = cast(scales, dtype).astype(np.float32)
         if np.isinf(stored).any():
             yield "scale-overflow"
