@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,12 +215,12 @@ class _Engine:
 
         try:
             for number, (kind, name) in enumerate(self.plan.checkpoint.entries):
-                verdicts = self.stage.journal.done.entries.get(number)
+                verdicts = self.stage.journal.verdicts(number)
                 if verdicts is not None:
                     self._take(kind, name, [Comparison(*verdict) for verdict in verdicts])
                     continue
                 writer = self._writer(kind, name)
-                small = [self.pool.submit(partial(task, self.works)) for task in writer.small()]
+                small = [self.pool.submit(task) for task in writer.small()]
                 begun.append(_Entry(number, kind, name, writer, small))
                 if len(begun) > depth:
                     advance()
@@ -242,7 +241,7 @@ class _Engine:
         """The entry's tiles: those that are done already, and tasks for the others."""
         entry.writer.look_again()
         for rows, cols in entry.writer.tiles(self.plan.memory.tile):
-            key = (entry.number, 0, rows.start, rows.stop, cols.start, cols.stop)
+            key = (entry.number, rows.start, rows.stop, cols.start, cols.stop)
             done = self.stage.journal.done.tiles.get(key)
             yield key, rows, cols, done or self.pool.submit(self._tile, entry, key, rows, cols)
 

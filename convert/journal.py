@@ -4,8 +4,8 @@ A file of records, each a length, an XXH3-64 of its content, and the content; wh
 damaged is forgotten. Records are
 
     B   JSON: a run began; what it converts, and on which boot of which machine
-    T   a tile is written: entry, tensor, rows, cols, its leaves on both sides, how scales agree and their bound
-    E   JSON: an entry of the checkpoint is written and proved, with the verdict on each of its tensors
+    T   a tile is written: entry, rows, cols, its leaves on both sides, how scales agree and their bound
+    E   an entry of the checkpoint is written and proved; JSON: the verdict on each of its tensors
     S   JSON: everything that the first ``upto`` bytes of the journal say is on the disk
 
 A process that is killed loses nothing that it handed to the kernel, so all records count if the machine is still up. After a
@@ -20,19 +20,21 @@ import os
 import platform
 import struct
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
 from formats.errors import DestinationError
 
 _FRAME = struct.Struct("<IQ")
-_TILE = struct.Struct("<IIIIIIBdI")
+_TILE = struct.Struct("<IIIIIBdI")
+_ENTRY = struct.Struct("<I")
 
-Key = tuple[int, int, int, int, int, int]
-"""(entry, number of its matrix, first row, end row, first column, end column)."""
+Key = tuple[int, int, int, int, int]
+"""(entry, first row, end row, first column, end column)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,14 @@ class TileRecord:
 
 @dataclass
 class Done:
-    """What a journal says was done. end: bytes that say so; vouched: bytes whose data is known to be on the disk."""
+    """What a journal says was done. end: bytes that say so; vouched: bytes whose data is known to be on the disk.
+
+    tiles     of entries that are not finished; entries: where the verdicts of finished ones stand in the file, and their length
+    """
 
     began: dict[str, Any] | None = None
     tiles: dict[Key, TileRecord] = field(default_factory=dict)
-    entries: dict[int, list[Any]] = field(default_factory=dict)
+    entries: dict[int, tuple[int, int]] = field(default_factory=dict)
     end: int = 0
     vouched: int = 0
 
@@ -87,7 +92,15 @@ class Journal:
 
     def entry(self, number: int, verdicts: list[Any]) -> None:
         """An entry is written and proved; ``verdicts`` is JSON-ready."""
-        self._append(b"E" + json.dumps([number, verdicts]).encode())
+        self._append(b"E" + _ENTRY.pack(number) + json.dumps(verdicts).encode())
+
+    def verdicts(self, number: int) -> list[Any] | None:
+        """The verdicts on an entry that an earlier run finished, or None."""
+        if number not in self.done.entries:
+            return None
+        at, length = self.done.entries[number]
+        found: list[Any] = json.loads(os.pread(self._file, length, at))
+        return found
 
     @property
     def holds_work(self) -> bool:
@@ -163,42 +176,44 @@ def _open_locked(path: Path) -> int:
 
 
 def _read(descriptor: int) -> Done:
-    size = os.fstat(descriptor).st_size
+    """What the records say, up to where the disk is known to hold it. They are gone through twice, and never held together."""
     with os.fdopen(os.dup(descriptor), "rb") as file:
-        records: list[tuple[int, bytes]] = []
-        end = 0
-        while end + _FRAME.size <= size:
-            file.seek(end)
-            length, digest = _FRAME.unpack(file.read(_FRAME.size))
-            if end + _FRAME.size + length > size:
+        began, boots, vouched, end = None, "", 0, 0
+        for at, content in _records(file):
+            end = at + _FRAME.size + len(content)
+            if content[:1] == b"B":
+                said = json.loads(content[1:])
+                began, boots = began or said, said["boot"]
+            elif content[:1] == b"S":
+                vouched = max(vouched, json.loads(content[1:])["upto"])
+        done = Done(began, vouched=vouched)
+        upto = end if began is not None and boots == boot() else vouched
+        for at, content in _records(file):
+            if at >= upto:
                 break
-            content = file.read(length)
-            if not content or xxhash.xxh3_64_intdigest(content) != digest:
-                break
-            records.append((end, content))
-            end += _FRAME.size + length
-    return _trusted(records, end)
-
-
-def _trusted(records: list[tuple[int, bytes]], end: int) -> Done:
-    """What the records say, up to where the disk is known to hold it."""
-    began = [json.loads(content[1:]) for _, content in records if content[:1] == b"B"]
-    if not began:
-        return Done()
-    vouched = max((json.loads(content[1:])["upto"] for _, content in records if content[:1] == b"S"), default=0)
-    done = Done(began[0], vouched=vouched)
-    upto = end if began[-1]["boot"] == boot() else vouched
-    for at, content in records:
-        if at >= upto:
-            break
-        done.end = at + _FRAME.size + len(content)
-        kind, rest = content[:1], content[1:]
-        if kind == b"T":
-            *key, rounded, bound, length = _TILE.unpack(rest[: _TILE.size])
-            left = rest[_TILE.size : _TILE.size + length]
-            done.tiles[tuple(key)] = TileRecord(left, rest[_TILE.size + length :] or left, bool(rounded), bound)
-        elif kind == b"E":
-            number, verdicts = json.loads(rest)
-            done.entries[number] = verdicts
-            done.tiles = {found: record for found, record in done.tiles.items() if found[0] != number}
+            done.end = at + _FRAME.size + len(content)
+            kind, rest = content[:1], content[1:]
+            if kind == b"T":
+                *key, rounded, bound, length = _TILE.unpack(rest[: _TILE.size])
+                left = rest[_TILE.size : _TILE.size + length]
+                done.tiles[tuple(key)] = TileRecord(left, rest[_TILE.size + length :] or left, bool(rounded), bound)
+            elif kind == b"E":
+                (number,) = _ENTRY.unpack(rest[: _ENTRY.size])
+                done.entries[number] = at + _FRAME.size + 1 + _ENTRY.size, len(rest) - _ENTRY.size
+                done.tiles = {found: record for found, record in done.tiles.items() if found[0] != number}
     return done
+
+
+def _records(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(where it begins, content) of each record before the first that is cut or damaged."""
+    size, at = os.fstat(file.fileno()).st_size, 0
+    file.seek(0)
+    while at + _FRAME.size <= size:
+        length, digest = _FRAME.unpack(file.read(_FRAME.size))
+        if at + _FRAME.size + length > size:
+            return
+        content = file.read(length)
+        if not content or xxhash.xxh3_64_intdigest(content) != digest:
+            return
+        yield at, content
+        at += _FRAME.size + length

@@ -70,6 +70,12 @@ class Matrix:
     def is_float(self) -> bool:
         return self.plain is None or np.dtype(self.plain.dtype) in _FLOATS
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of a plain tensor."""
+        assert self.plain is not None
+        return np.dtype(self.plain.dtype).itemsize
+
     def as_matrix(self) -> ArrayLike:
         """A plain tensor's 2-D view."""
         assert self.plain is not None
@@ -397,13 +403,12 @@ def digest_tile(matrix: Matrix, rows: slice, cols: slice, work: Workspace) -> by
 
 def _digest_bytes(matrix: Matrix, rows: slice, work: Workspace) -> bytes:
     found, width = [], matrix.grid[1]
-    assert matrix.plain is not None
-    items = max(1, (1 << 20) // np.dtype(matrix.plain.dtype).itemsize)
+    items = max(1, (1 << 20) // matrix.itemsize)
     high = max(1, items // max(1, width))
     for top in range(rows.start, rows.stop, BAND_ROWS):
         digest, bottom = xxhash.xxh3_128(), min(top + BAND_ROWS, rows.stop)
         for row in range(top, bottom, high):
-            for left in range(0, width, max(items, width if high > 1 else items)):
+            for left in range(0, width, items):
                 part = read(matrix.as_matrix(), slice(row, min(row + high, bottom)), slice(left, min(left + items, width)), work)
                 digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
         found.append(digest.digest())
@@ -496,8 +501,7 @@ class ValueProof:
 
 def _same_small(left: Tile, right: Tile) -> bool:
     """Whether scales and zero points of a tile are the same for every column."""
-    pairs = np.stack([left.group, right.group])
-    pairs = _distinct(pairs)
+    pairs = _distinct(np.stack([left.group, right.group]))
     if not np.array_equal(_columns(left.scales, pairs[0]), _columns(right.scales, pairs[1])):
         return False
     if left.zeros is None or right.zeros is None:
@@ -513,8 +517,7 @@ def _countable(layer: QuantizedLinear) -> bool:
 
 def _compare_small(a: QuantizedLinear, b: QuantizedLinear, rows: slice) -> tuple[Agreement, Agreement, float, str]:
     """Zero points and scales of a band, on the common refinement of both sides' groups."""
-    groups = np.stack([a.group_of(), b.group_of()])
-    pairs = _distinct(groups)
+    pairs = _distinct(np.stack([a.group_of(), b.group_of()]))
     zero_points: Agreement = "equal"
     detail = ""
     if a.zero_points is not None or b.zero_points is not None:

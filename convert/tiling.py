@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from formats.ir import ArrayLike, QuantizedLinear
 from formats.layouts import Layout, PackedMatrix
 
@@ -52,9 +50,7 @@ def side_of(matrix: Matrix) -> Side:
     """How a matrix is read."""
     if matrix.layer is not None:
         return Side.of_codes(matrix.layer.codes, matrix.layer.shape)
-    assert matrix.plain is not None
-    size = np.dtype(matrix.plain.dtype).itemsize
-    return Side(False, float(size), size + 8.0)
+    return Side(False, float(matrix.itemsize), matrix.itemsize + 8.0)
 
 
 def tile_shape(grid: tuple[int, int], sides: Sequence[Side], budget: int, scales: float = 0.0) -> tuple[int, int]:

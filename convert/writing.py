@@ -28,7 +28,7 @@ from .tiling import Side, bytes_of_scales, side_of, tile_shape, tiles, tiles_of
 
 Works = tuple[Workspace, Workspace]
 Place = tuple[Output, TensorInfo]
-Task = Callable[[Callable[[], Works]], None]
+Task = Callable[[], None]
 
 GRID = 1 << 18
 """Scales or zero points that are written at once."""
@@ -194,7 +194,7 @@ class PlainWriter:
     def write(self, rows: slice, cols: slice, works: Works) -> tuple[Found | None, int]:
         (output, info), matrix = self._place, self.matrices[0]
         info, leaves, written = replace(info, shape=matrix.grid), [], 0
-        for strip, part in _parts(rows, cols, np.dtype(matrix.plain.dtype).itemsize, matrix.is_float()):  # type: ignore[union-attr]
+        for strip, part in _parts(rows, cols, matrix.itemsize, matrix.is_float()):
             data = read(matrix.as_matrix(), strip, part, works[0])
             output.write(info, data, strip.start, part.start)
             written += data.nbytes
@@ -227,7 +227,7 @@ def _check_place(found: Any, name: str, place: Place) -> None:
 
 
 def _write_grid(
-    layer: QuantizedLinear, plan: LayerPlan, smallest_zero: int, spec: TensorSpec, output: Output, info: TensorInfo, rows: slice, works: Any
+    layer: QuantizedLinear, plan: LayerPlan, smallest_zero: int, spec: TensorSpec, output: Output, info: TensorInfo, rows: slice
 ) -> None:
     """Scales or zero points of some output rows, repeated, cast and packed as the target stores them."""
     zeros: Array | None = None
@@ -267,7 +267,7 @@ def _padded(grid: Array, columns: int, value: int) -> Array:
     return padded
 
 
-def _write_vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec, output: Output, info: TensorInfo, works: Any) -> None:
+def _write_vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec, output: Output, info: TensorInfo) -> None:
     """g_idx or bias."""
     if spec.part == "g_idx":
         data = moves.spell_g_idx(layer.shape[1], plan.target.group_size) if layer.g_idx is None else layer.g_idx

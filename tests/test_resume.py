@@ -87,7 +87,7 @@ def finished(source: Path, done: Done) -> Callable[[TileKey], bool]:
     """Whether a journal says that a tile is done."""
     entries = open_checkpoint(source).entries
     numbers = {name if kind == "plain" else f"{name}.weight": number for number, (kind, name) in enumerate(entries)}
-    corners = {(key[0], key[2], key[4]) for key in done.tiles}
+    corners = {(key[0], key[1], key[3]) for key in done.tiles}
     return lambda tile: numbers[tile[0]] in done.entries or (numbers[tile[0]], *tile[1:]) in corners
 
 
