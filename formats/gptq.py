@@ -334,7 +334,7 @@ def _exactly(name: str) -> str:
     return rf"^{re.escape(name)}$"
 
 
-_HOLDS = {
+_HOLDS: dict[str, Any] = {
     "bits": BITS,
     "strategies": ("channel", "group"),
     "group_sizes": (128, 64, 32),
@@ -352,10 +352,10 @@ SPEC = FormatSpec(
         Variant(
             "v1",
             "zero points stored minus one: 0 cannot be said",
-            Capabilities(**_HOLDS, smallest_zero=1),  # type: ignore[arg-type]
+            Capabilities(**_HOLDS, smallest_zero=1),
             readers="all (GPTQModel: symmetric layers only)",
         ),
-        Variant("v2", "zero points stored as they are", Capabilities(**_HOLDS), readers="GPTQModel, transformers"),  # type: ignore[arg-type]
+        Variant("v2", "zero points stored as they are", Capabilities(**_HOLDS), readers="GPTQModel, transformers"),
         Variant("marlin", "4-bit tiles of 64 outputs by 16 inputs, symmetric", None, readers="AutoGPTQ 0.7.1, on GPUs"),
     ),
     detect=detect,

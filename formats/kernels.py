@@ -250,7 +250,7 @@ def _stream(layout: PackLayout, shape: tuple[int, ...], stride: int) -> tuple[An
 
 
 @_jit
-def _pack_in_transposed_4(lanes, stride, rows, words, stored, line_stride, flip):  # type: ignore[no-untyped-def]
+def _pack_in_transposed_4(lanes, stride, rows, words, stored, line_stride, flip):
     # Fold along a row, where loads and stores are contiguous and LLVM vectorizes; then transpose whole words.
     low = np.uint64(0x0F0F0F0F0F0F0F0F)
     turn = np.uint64(flip)
@@ -274,7 +274,7 @@ def _pack_in_transposed_4(lanes, stride, rows, words, stored, line_stride, flip)
 
 
 @_jit
-def _unpack_in_transposed_4(words, stride, rows, count, codes):  # type: ignore[no-untyped-def]
+def _unpack_in_transposed_4(words, stride, rows, count, codes):
     high = np.uint64(0x8080808080808080)
     eight = np.uint64(0x0808080808080808)
     block = np.empty((_WORDS, 64), dtype=np.uint32)
@@ -298,7 +298,7 @@ def _unpack_in_transposed_4(words, stride, rows, count, codes):  # type: ignore[
 
 
 @_jit
-def _pack_in_transposed_8(lanes, stride, rows, words, stored, line_stride, flip):  # type: ignore[no-untyped-def]
+def _pack_in_transposed_8(lanes, stride, rows, words, stored, line_stride, flip):
     turn = np.uint32(flip & np.uint64(0xFFFFFFFF))
     for r0 in range(0, rows, _WORDS):
         r1 = min(r0 + _WORDS, rows)
@@ -308,7 +308,7 @@ def _pack_in_transposed_8(lanes, stride, rows, words, stored, line_stride, flip)
 
 
 @_jit
-def _unpack_in_transposed_8(words, stride, rows, count, codes):  # type: ignore[no-untyped-def]
+def _unpack_in_transposed_8(words, stride, rows, count, codes):
     for r0 in range(0, rows, _WORDS):
         r1 = min(r0 + _WORDS, rows)
         for w in range(count):
@@ -317,7 +317,7 @@ def _unpack_in_transposed_8(words, stride, rows, count, codes):  # type: ignore[
 
 
 @_jit
-def _pack_out_transposed(source, stride, words, cols, stored, line_stride, shifts, offset, mask):  # type: ignore[no-untyped-def]
+def _pack_out_transposed(source, stride, words, cols, stored, line_stride, shifts, offset, mask):
     span = len(shifts)
     block = np.empty((_WORDS, 64), dtype=np.uint32)
     for w0 in range(0, words, _WORDS):
@@ -340,7 +340,7 @@ def _pack_out_transposed(source, stride, words, cols, stored, line_stride, shift
 
 
 @_jit
-def _pack_out_transposed_4(source, stride, words, cols, stored, line_stride, rows, offset):  # type: ignore[no-untyped-def]
+def _pack_out_transposed_4(source, stride, words, cols, stored, line_stride, rows, offset):
     # Pair nibbles to bytes, 64 columns at a time, then bytes to words: each step in the narrowest lanes that hold it.
     block = np.empty((_WORDS, 64), dtype=np.uint32)
     pairs = np.empty((4, 64), dtype=np.uint8)
@@ -369,7 +369,7 @@ def _pack_out_transposed_4(source, stride, words, cols, stored, line_stride, row
 
 
 @_jit
-def _unpack_out_transposed_4(words, stride, count, cols, codes, rows, turn, low):  # type: ignore[no-untyped-def]
+def _unpack_out_transposed_4(words, stride, count, cols, codes, rows, turn, low):
     block = np.empty((_WORDS, 64), dtype=np.uint32)
     pair = np.empty(64, dtype=np.uint8)
     for w0 in range(0, count, _WORDS):
@@ -396,7 +396,7 @@ def _unpack_out_transposed_4(words, stride, count, cols, codes, rows, turn, low)
 
 
 @_jit
-def _unpack_out_transposed(words, stride, count, cols, codes, shifts, turn, mask, low):  # type: ignore[no-untyped-def]
+def _unpack_out_transposed(words, stride, count, cols, codes, shifts, turn, mask, low):
     span = len(shifts)
     block = np.empty((_WORDS, 64), dtype=np.uint32)
     for w0 in range(0, count, _WORDS):
@@ -417,7 +417,7 @@ def _unpack_out_transposed(words, stride, count, cols, codes, shifts, turn, mask
 
 
 @_jit
-def _pack_nibble_rows(source, stride, rows, cols, stored, line_stride, offset):  # type: ignore[no-untyped-def]
+def _pack_nibble_rows(source, stride, rows, cols, stored, line_stride, offset):
     for r in range(rows):
         first = source[2 * r * stride : 2 * r * stride + cols]
         second = source[(2 * r + 1) * stride : (2 * r + 1) * stride + cols]
@@ -429,7 +429,7 @@ def _pack_nibble_rows(source, stride, rows, cols, stored, line_stride, offset): 
 
 
 @_jit
-def _pack_nibble_columns(source, stride, rows, cols, stored, line_stride, offset):  # type: ignore[no-untyped-def]
+def _pack_nibble_columns(source, stride, rows, cols, stored, line_stride, offset):
     for r in range(rows):
         row = source[r * stride : r * stride + 2 * cols]
         packed = stored[r * line_stride : r * line_stride + cols]
@@ -440,7 +440,7 @@ def _pack_nibble_columns(source, stride, rows, cols, stored, line_stride, offset
 
 
 @_jit
-def _unpack_nibble_rows(stored, stride, rows, cols, codes, turn, low):  # type: ignore[no-untyped-def]
+def _unpack_nibble_rows(stored, stride, rows, cols, codes, turn, low):
     for r in range(rows):
         packed = stored[r * stride : r * stride + cols]
         first = codes[2 * r * cols : (2 * r + 1) * cols]
@@ -452,7 +452,7 @@ def _unpack_nibble_rows(stored, stride, rows, cols, codes, turn, low):  # type: 
 
 
 @_jit
-def _unpack_nibble_columns(stored, stride, rows, cols, codes, turn, low):  # type: ignore[no-untyped-def]
+def _unpack_nibble_columns(stored, stride, rows, cols, codes, turn, low):
     for r in range(rows):
         packed = stored[r * stride : r * stride + cols]
         row = codes[2 * r * cols : 2 * (r + 1) * cols]
@@ -463,7 +463,7 @@ def _unpack_nibble_columns(stored, stride, rows, cols, codes, turn, low):  # typ
 
 
 @_jit
-def _pack_stream(  # type: ignore[no-untyped-def]
+def _pack_stream(
     source, code_axis, code_line, along, lines, byte_axis, byte_line, word, bits, order, offset, stored
 ):
     mask = np.uint32((1 << bits) - 1)
@@ -484,7 +484,7 @@ def _pack_stream(  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _unpack_stream(  # type: ignore[no-untyped-def]
+def _unpack_stream(
     codes, code_axis, code_line, along, lines, byte_axis, byte_line, word, bits, order, offset, stored, low
 ):
     mask = np.uint32((1 << bits) - 1)
@@ -507,7 +507,7 @@ def _unpack_stream(  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _pack_tiles(  # type: ignore[no-untyped-def]
+def _pack_tiles(
     source, places, outs, ins, out_codes, in_codes, out_words, in_words, count, bits, offset, stored
 ):
     mask = np.uint32((1 << bits) - 1)
@@ -525,7 +525,7 @@ def _pack_tiles(  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _unpack_tiles(  # type: ignore[no-untyped-def]
+def _unpack_tiles(
     words, places, outs, ins, out_codes, in_codes, out_words, in_words, count, bits, turn, low, codes
 ):
     mask = np.int32((1 << bits) - 1)
@@ -542,7 +542,7 @@ def _unpack_tiles(  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _dequantize(  # type: ignore[no-untyped-def]
+def _dequantize(
     codes, rows, cols, groups, scales, zeros, has_zero, starts, ends, run_group, leaf_cols, weights
 ):
     nought = np.float32(0.0)
@@ -562,7 +562,7 @@ def _dequantize(  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _cast_error(values, stored, smallest_normal):  # type: ignore[no-untyped-def]
+def _cast_error(values, stored, smallest_normal):
     rounded = np.float32(0.0)
     subnormal = np.float32(0.0)
     for i in range(len(values)):
@@ -577,7 +577,7 @@ def _cast_error(values, stored, smallest_normal):  # type: ignore[no-untyped-def
 
 
 @_jit
-def _code_range(codes, stride, rows, cols):  # type: ignore[no-untyped-def]
+def _code_range(codes, stride, rows, cols):
     low = np.int8(127)
     high = np.int8(-128)
     for r in range(rows):
@@ -589,7 +589,7 @@ def _code_range(codes, stride, rows, cols):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _equal(left, left_stride, right, right_stride, rows, cols):  # type: ignore[no-untyped-def]
+def _equal(left, left_stride, right, right_stride, rows, cols):
     for r in range(rows):
         different = np.int8(0)
         left_row = left[r * left_stride : r * left_stride + cols]

@@ -126,13 +126,12 @@ def test_a_killed_conversion_is_finished_by_the_same_command(
 def test_a_conversion_that_is_killed_again_and_again_comes_to_an_end(
     source: Path, place: Path, whole: dict[str, bytes | None], tmp_path: Path
 ) -> None:
-    last = 0
-    for _ in range(3):
-        kill_after(count_pwrites(source) // 4, tmp_path, source, place / "out", "awq", jobs=2)
+    last = -1
+    for _ in range(3):  # by one worker, whose work comes in one order: with two, a run may be killed before it reaches anything new
+        kill_after(count_pwrites(source) // 4, tmp_path, source, place / "out", "awq", jobs=1)
         done = journalled(place)
-        assert len(done.tiles) + 100 * len(done.entries) >= last, "no run loses what one before it did"
+        assert len(done.tiles) + 100 * len(done.entries) > last, "each run gets further than the one before"
         last = len(done.tiles) + 100 * len(done.entries)
-    assert last
     assert_finishes(source, place, whole, journalled(place))
 
 
