@@ -463,9 +463,7 @@ def _unpack_nibble_columns(stored, stride, rows, cols, codes, turn, low):
 
 
 @_jit
-def _pack_stream(
-    source, code_axis, code_line, along, lines, byte_axis, byte_line, word, bits, order, offset, stored
-):
+def _pack_stream(source, code_axis, code_line, along, lines, byte_axis, byte_line, word, bits, order, offset, stored):
     mask = np.uint32((1 << bits) - 1)
     for line in range(lines):
         held = np.uint32(0)
@@ -484,9 +482,7 @@ def _pack_stream(
 
 
 @_jit
-def _unpack_stream(
-    codes, code_axis, code_line, along, lines, byte_axis, byte_line, word, bits, order, offset, stored, low
-):
+def _unpack_stream(codes, code_axis, code_line, along, lines, byte_axis, byte_line, word, bits, order, offset, stored, low):
     mask = np.uint32((1 << bits) - 1)
     turn = np.int32(offset + low)
     for line in range(lines):
@@ -507,9 +503,7 @@ def _unpack_stream(
 
 
 @_jit
-def _pack_tiles(
-    source, places, outs, ins, out_codes, in_codes, out_words, in_words, count, bits, offset, stored
-):
+def _pack_tiles(source, places, outs, ins, out_codes, in_codes, out_words, in_words, count, bits, offset, stored):
     mask = np.uint32((1 << bits) - 1)
     lanes = len(places) // count
     for o in range(outs):
@@ -525,9 +519,7 @@ def _pack_tiles(
 
 
 @_jit
-def _unpack_tiles(
-    words, places, outs, ins, out_codes, in_codes, out_words, in_words, count, bits, turn, low, codes
-):
+def _unpack_tiles(words, places, outs, ins, out_codes, in_codes, out_words, in_words, count, bits, turn, low, codes):
     mask = np.int32((1 << bits) - 1)
     lanes = len(places) // count
     for o in range(outs):
@@ -542,9 +534,7 @@ def _unpack_tiles(
 
 
 @_jit
-def _dequantize(
-    codes, rows, cols, groups, scales, zeros, has_zero, starts, ends, run_group, leaf_cols, weights
-):
+def _dequantize(codes, rows, cols, groups, scales, zeros, has_zero, starts, ends, run_group, leaf_cols, weights):
     nought = np.float32(0.0)
     for run in range(len(starts)):
         first = starts[run] // leaf_cols * leaf_cols
