@@ -1,6 +1,6 @@
 """The real tools that check what Weighbridge writes, each in an environment of its own.
 
-    nox -s autoawq autogptq gptqmodel msmodelslim vllm_ascend
+    nox -s autoawq autogptq gptqmodel msmodelslim compressed_tensors vllm vllm_ascend
 
 A session builds the tool's environment, then runs the project's own tests with the interpreter
 that runs nox, and tells them where the tool's interpreter is; the tests call it as a subprocess.
@@ -83,10 +83,13 @@ def run_tests(session: nox.Session, tool: str, home: Path, **variables: str) -> 
     )
 
 
-def run_oracle(session: nox.Session, tool: str, **variables: str) -> None:
-    """Build the session's environment, of ``tool``, and run ``tests/oracles/test_<tool>.py`` against it, under ``variables``."""
+def run_oracle(session: nox.Session, tool: str, requirements: Path | None = None, **variables: str) -> None:
+    """Build the session's environment, of ``tool``, and run ``tests/oracles/test_<tool>.py`` against it, under ``variables``.
+
+    requirements   the tool's, if they are not requirements-<tool>.txt
+    """
     home = Path(session.virtualenv.location)
-    install(session, ORACLES / f"requirements-{tool}.txt", home)
+    install(session, requirements or ORACLES / f"requirements-{tool}.txt", home)
     run_tests(session, tool, home, **variables)
 
 
@@ -122,6 +125,12 @@ def msmodelslim(session: nox.Session) -> None:
     run_oracle(session, "msmodelslim")
 
 
+@nox.session(venv_backend="venv")
+def compressed_tensors(session: nox.Session) -> None:
+    """transformers 5.10.1 and compressed-tensors 0.17.0 load every compressed-tensors folder that Weighbridge writes."""
+    run_oracle(session, "compressed_tensors", ORACLES / "compressed_tensors" / "requirements.txt")
+
+
 def vllm_environment(session: nox.Session) -> Path:
     home = shared_environment(session, "vllm")
     install(session, ORACLES / "requirements-vllm.txt", home)
@@ -150,6 +159,12 @@ def unpack_vllm_ascend(session: nox.Session, home: Path) -> None:
         )
         session.run("tar", "-xzf", f"{folder}/{VLLM_ASCEND}.tar.gz", "-C", folder, f"{VLLM_ASCEND}/vllm_ascend", external=True)
         (Path(folder) / VLLM_ASCEND).rename(home / VLLM_ASCEND)
+
+
+@nox.session(venv_backend="none")
+def vllm(session: nox.Session) -> None:
+    """vLLM 0.32.0 runs what Weighbridge writes as AWQ, GPTQ and compressed-tensors, and says what the float32 model says."""
+    run_tests(session, "vllm", vllm_environment(session), **VLLM_SETTINGS)
 
 
 @nox.session(venv_backend="none")

@@ -41,7 +41,8 @@ def certificate(result: Result) -> dict[str, Any]:
         "options": plan.options,
         "moves": plan.move_counts(),
         "losses": [asdict(loss) for loss in result.losses],
-        "not_carried": [item.tensor for item in plan.checkpoint.left_out] + plan.checkpoint.attention,
+        "not_carried": [item.tensor for item in plan.checkpoint.left_out]
+        + [name for name in plan.checkpoint.attention if name not in plan.model.attention],
         "proved": source is not None,
     }
     if source is not None and target is not None:

@@ -13,6 +13,7 @@ from formats.awq import OLD_CONFIG
 from formats.checkpoint import float_linears
 from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.msmodelslim import find_description
+from formats.msmodelslim_target import type_of
 from formats.safetensors_file import NAMES, TensorSet, read_json
 
 from .consumers import CONSUMERS
@@ -148,7 +149,7 @@ def _plan_facts(plan: Plan, tp: int) -> FolderFacts:
         target = layer.target
         args = target.scheme.weights
         parts = frozenset(spec.name.rpartition(".")[2] for spec in plan.outputs(target))
-        kind = f"W{args.bits}A16" if plan.spec.name == "msmodelslim" else ""
+        kind = type_of(target, plan.variant.name) if plan.spec.name == "msmodelslim" else ""
         size, ordered, dtype = target.group_size, args.actorder is not None, target.scale_dtype
         layers.append(LayerFacts(target.name, *target.shape, args.bits, size, args.symmetric, ordered, dtype, parts, kind))
     files = tuple(file.name for file in plan.files)

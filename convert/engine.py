@@ -26,10 +26,12 @@ from formats.workspace import Workspace
 from .certificate import version, write_certificate
 from .folder import check_carried, write_sidecars
 from .journal import Key, TileRecord
+from .matrices import Matrix, counts_as_none
 from .memory import DEFAULT_MEMORY
 from .planning import plan
-from .proof import Comparison, Fingerprint, Found, Matrix, compare_tile, is_zero_bias, join
+from .proof import Comparison, Fingerprint, Found, compare_tile, join
 from .records import Loss, Plan
+from .requantize import RequantizingWriter
 from .staged import open_staged
 from .staging import Output, Places, Staging, Syncer, staging
 from .tiling import tiles_of
@@ -58,11 +60,17 @@ class Result:
 
     @property
     def losses(self) -> list[Loss]:
-        """The plan's losses; the bound of dequantized weights, which only a run can measure, as the proof found it."""
-        worst = max(self.rounded, key=lambda comparison: comparison.bound, default=None)
-        if worst is None:
-            return self.plan.losses
-        return [replace(loss, bound=worst.bound, worst=worst.name) if loss.code == "weight-rounded" else loss for loss in self.plan.losses]
+        """The plan's losses; bounds that only a run can measure, of dequantized and requantized weights, as the proof found them."""
+        anew = {f"{layer.target.name}.weight" for layer in self.plan.layers if layer.requantized}
+        found = {
+            "weight-rounded": [comparison for comparison in self.rounded if comparison.name not in anew],
+            "requantize": [comparison for comparison in self.rounded if comparison.name in anew],
+        }
+        losses = []
+        for loss in self.plan.losses:
+            worst = max(found.get(loss.code, ()), key=lambda comparison: comparison.bound, default=None)
+            losses.append(loss if worst is None else replace(loss, bound=worst.bound, worst=worst.name))
+        return losses
 
     def to_json(self) -> dict[str, Any]:
         """What ``weighbridge convert --json`` prints."""
@@ -214,7 +222,7 @@ class _Engine:
                 self._finish(tiled.popleft())
 
         try:
-            for number, (kind, name) in enumerate(self.plan.checkpoint.entries):
+            for number, (kind, name) in enumerate(self.plan.entries):
                 verdicts = self.stage.journal.verdicts(number)
                 if verdicts is not None:
                     self._take(kind, name, [Comparison(*verdict) for verdict in verdicts])
@@ -235,7 +243,9 @@ class _Engine:
     def _writer(self, kind: Kind, name: str) -> Writer:
         if kind == "plain":
             return PlainWriter(self.plan, self.target, name, self.places[name])
-        return LayerWriter(self.plan, self.target, self.layers[name], self.places)
+        layer = self.layers[name]
+        make = RequantizingWriter if layer.requantized else LayerWriter
+        return make(self.plan, self.target, layer, self.places)
 
     def _tiles(self, entry: _Entry) -> Iterator[tuple[Key, slice, slice, Future[TileRecord] | TileRecord]]:
         """The entry's tiles: those that are done already, and tasks for the others."""
@@ -272,7 +282,7 @@ class _Engine:
         """The entry's tensors beyond the first, beside what was written; a bias of zeros counts as none."""
         ours, theirs = entry.writer.matrices[1:], entry.writer.read_back()[1:]
         if len(ours) != len(theirs):
-            ours, theirs = ([matrix for matrix in side if not is_zero_bias(matrix)] for side in (ours, theirs))
+            ours, theirs = ([matrix for matrix in side if not counts_as_none(matrix)] for side in (ours, theirs))
         if len(ours) != len(theirs):
             fault = "this is a fault in Weighbridge: please report it"
             raise NotSameError(f"{entry.name}: {len(ours)} tensors were read and {len(theirs)} written; {fault}")
@@ -303,6 +313,8 @@ class _Engine:
         if kind == "plain":
             return self.plan.checkpoint.tensors[name].shape
         out, in_ = self.layers[name].target.shape
+        if tensor.endswith((".input_scale", ".input_zero_point")):
+            return (1,)
         return (out,) if tensor.endswith(".bias") else (out, in_)
 
 

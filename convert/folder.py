@@ -35,10 +35,13 @@ def configs(plan: Plan) -> dict[str, dict[str, Any]]:
     assert plan.spec.quantization_config is not None
     others, quantization = plan.spec.quantization_config(plan.model, plan.variant.name)
     config = model_config(plan.checkpoint, plan.base)
+    if config is None and quantization is not None and not others:
+        return {"config.json": {"quantization_config": quantization}}  # without it nobody could read the weights
     if config is None:
         return dict(others)
+    keys = plan.spec.config_keys(plan.model, plan.variant.name)
     kept = {name: content for name, content in others.items() if name != "quant_config.json"}  # for folders without a config.json
-    return {"config.json": _with_quantization(config, quantization, plan.model.model_dtype), **kept}
+    return {"config.json": _with_quantization(config, quantization, plan.model.model_dtype) | dict(keys), **kept}
 
 
 def check_carried(location: Location, patterns: Sequence[str] = ("config.json", *CARRIED)) -> None:

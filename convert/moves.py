@@ -19,6 +19,7 @@ MOVES: dict[str, str] = {
     "spell-zero-point": "the zero point of symmetric layers written out",
     "drop-zero-point": "zero points that are all 0 left unsaid",
     "widen-codes": "codes kept, in a carrier of more bits",
+    "merge-scales": "two levels of scales multiplied into one, in float32",
     "spell-g_idx": "the group of every input written out",
     "dequantize": "the law's float32 weights",
 }

@@ -20,20 +20,25 @@ from typing import Any, TypeVar
 import numpy as np
 
 from formats import Checkpoint, find_format, open_checkpoint
-from formats.checkpoint import Location, float_linears, modules_in_every_block, zeros_reading
+from formats.checkpoint import Location, float_linears, float_matrices, modules_in_every_block, zeros_reading
+from formats.derived import bias_error, contradiction
 from formats.errors import RefusedError, UnreadableError, UsageError
-from formats.ir import QuantArgs, QuantizedLinear, QuantScheme, Strategy, read
+from formats.ir import ArrayLike, QuantArgs, QuantizedLinear, QuantScheme, Strategy, read
 from formats.layouts import expect_work
 from formats.safetensors_file import DEFAULT_SHARD_BYTES, DTYPES, NAMES, OutputFile, lay_out
-from formats.spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, Variant
+from formats.spec import Capabilities, FormatSpec, InputKind, LayerTarget, ModelFacts, Variant, input_kind
 
+from .matrices import scales_of
 from .memory import DEFAULT_MEMORY, header_bytes, share
 from .probe import Cast, Facts, check_codes, measure_cast, zero_range
-from .records import LOSSES, LayerPlan, Loss, Plan, Refusal, model_config
+from .records import HALF_STEP, LOSSES, LayerPlan, Loss, Plan, Refusal, model_config
 
 T = TypeVar("T")
 SCALE_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 TORCH_NAMES = {name: torch for torch, name in SCALE_DTYPES.items()}
+
+REQUANTIZABLE = frozenset({"bits", "group-size", "act-order", "two-level", "zero-point", "type"})
+"""Codes of refusals that rounding the weights anew lifts."""
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Linears that engines fuse into one, by leaf name: their schemes must agree."""
@@ -98,6 +103,7 @@ def plan(
             jobs or available_cpus(),
             serve_dtype=serve_dtype,
             max_memory=max_memory,
+            base=base,
         )
         return planner.plan(base, max_shard_size, probe)
 
@@ -119,6 +125,11 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def _dtype_of(array: ArrayLike | None) -> str | None:
+    """Its safetensors dtype name."""
+    return None if array is None else NAMES[np.dtype(array.dtype)]
+
+
 @dataclass(frozen=True, slots=True)
 class _Header:
     """A layer's header facts, light enough to keep for every layer of a model."""
@@ -129,7 +140,20 @@ class _Header:
     scale_dtype: str
     bias_dtype: str | None
     has_g_idx: bool
-    one_level: bool
+    smoothed: bool
+    outer_dtype: str | None
+    input_dtype: str | None
+    derived: tuple[tuple[str, str], ...]
+
+    @property
+    def inputs(self) -> InputKind | None:
+        return input_kind(self.scheme, self.input_dtype is not None)
+
+
+def _served_as(target: LayerTarget) -> tuple[Any, ...]:
+    """What must agree between linears that engines fuse."""
+    args = target.scheme.weights
+    return args.element, args.bits, target.group_size if args.strategy != "block" else args.block, target.inputs
 
 
 class Planner:
@@ -149,6 +173,7 @@ class Planner:
         hints: Mapping[str, str] = MappingProxyType({}),
         serve_dtype: str | None = None,
         max_memory: int = DEFAULT_MEMORY,
+        base: Location | None = None,
     ) -> None:
         assert variant.holds is not None
         self.checkpoint, self.spec, self.variant, self.named = checkpoint, spec, variant, named
@@ -156,11 +181,17 @@ class Planner:
         self.allow, self.strict, self.scale_dtype, self.jobs = allow, strict, scale_dtype, jobs
         self.refusals: list[Refusal] = []
         self.notes: list[str] = []
+        self.both: list[str] = []
+        self.odd: list[str] = []
         self._shared: dict[Any, Any] = {}
         self.errors: dict[str, list[tuple[float, str]]] = defaultdict(list)
         self.dense = self.holds.dequantized
         self.bits, self.hints, self.serve_dtype, self.max_memory = bits, hints, serve_dtype, max_memory
+        config = model_config(checkpoint, base) or {}
+        self.half = "BF16" if "bfloat16" in {config.get("torch_dtype"), config.get("dtype")} else "F16"
         self.weight_dtype = self._weight_dtype() if self.dense else ""
+        alike = spec.name == checkpoint.format  # a cache's scales have a spelling in their own format only
+        self.attention = tuple(name for name in checkpoint.attention if alike and ".fa_" not in name)
 
     def plan(self, base: Location | None, max_shard_size: int, probe: bool) -> Plan:
         self._refuse_unreadable_parts()
@@ -176,9 +207,17 @@ class Planner:
         self._choose_variant(facts)
         losses = self._judge_losses()
         by_name = {layer.target.name: layer for layer in layers}
-        plain = [name for kind, name in self.checkpoint.entries if kind == "plain"]
+        plain = [*(name for kind, name in self.checkpoint.entries if kind == "plain"), *self.attention]
         targets = tuple(layer.target for layer in layers)
-        model = ModelFacts(targets, tuple(self._left_in_float(by_name)), self._model_dtype(layers), self.checkpoint.entries)
+        model = ModelFacts(
+            targets,
+            tuple(self._left_in_float(by_name)),
+            self._model_dtype(layers),
+            self.checkpoint.entries,
+            tuple(float_matrices(self.checkpoint)),
+            self.attention,
+            self.checkpoint.said,
+        )
         files: list[OutputFile] = []
         if not self.refusals:
             files = lay_out(self._tensors(by_name), max_shard_size, self.spec.stem(model, self.variant.name))
@@ -207,7 +246,9 @@ class Planner:
             hint = "convert a checkpoint that was quantized without rotation or low-rank parts"
             self._refuse("functional", tensor, "a step of its own at run time", "has no slot for it", hint)
         for tensor in self.checkpoint.attention:
-            self.errors["kv-cache-dropped" if ".kv_cache_" in tensor else "attention-dropped"].append((1.0, tensor))
+            if tensor not in self.attention:
+                cache = ".kv_cache_" in tensor or tensor.endswith(("k_scale", "v_scale"))
+                self.errors["kv-cache-dropped" if cache else "attention-dropped"].append((1.0, tensor))
         if not self.checkpoint.layer_names and not self.checkpoint.unsupported:
             hint = "there is nothing to convert: copy the folder, or quantize it first"
             self._refuse("nothing", self.checkpoint.location.folder.name, "a quantized layer", "holds quantized layers", hint)
@@ -219,19 +260,30 @@ class Planner:
         for name in self.checkpoint.layer_names:
             layer = self.checkpoint.layer(name)
             scheme = schemes.setdefault(layer.scheme, layer.scheme)
-            bias = None if layer.bias is None else NAMES[layer.bias.dtype]
-            one_level = layer.input_smooth is None and layer.outer is None
+            has_scale = layer.input_scale is not None
+            asked = None if self.serve_dtype is None else SCALE_DTYPES[self.serve_dtype]
+            model_dtype = asked if "deq_scale" in layer.extras else asked or self.half
             headers.append(
-                _Header(name, layer.shape, scheme, NAMES[np.dtype(layer.scales.dtype)], bias, layer.g_idx is not None, one_level)
-            )
+                _Header(
+                    name, layer.shape, scheme, _dtype_of(layer.scales) or "F32", _dtype_of(layer.bias), layer.g_idx is not None,
+                    layer.input_smooth is not None, _dtype_of(layer.outer), _dtype_of(layer.input_scale),
+                    self._one(self.spec.derived(layer, input_kind(layer.scheme, has_scale), model_dtype)),
+                )
+            )  # fmt: skip
+            for part, extra in layer.extras.items():
+                if extra.kind == "functional":
+                    self.checkpoint.functional.append(f"{name}.{part}")
         return headers
 
     def _common_group_size(self, headers: list[_Header]) -> int | None:
         """The largest group size of the target that divides every layer's groups; -1 per channel; None: each keeps its own."""
         if self.dense or self.holds.mixed_groups or not headers:
             return None
+        headers = [header for header in headers if header.inputs is None or not self.holds.inputs]  # others keep their own
         sizes = {header.scheme.weights.group_size for header in headers}
         if sizes == {None} and "channel" in self.holds.strategies:
+            return -1
+        if not self.holds.group_sizes:
             return -1
         ins = {header.shape[1] for header in headers if header.scheme.weights.group_size is None}
         fits = (size for size in self.holds.group_sizes if all(g % size == 0 for g in sizes if g) and all(k % size == 0 for k in ins))
@@ -239,6 +291,28 @@ class Planner:
 
     def _settle(self, header: _Header, group_size: int | None) -> LayerPlan:
         """Compare one layer's header with the target: exact moves, or refusals."""
+        before = len(self.refusals)
+        plan = self._compare(header, group_size)
+        if {refusal.code for refusal in self.refusals[before:]} <= REQUANTIZABLE and self._requantizes(len(self.refusals) - before):
+            del self.refusals[before:]
+            return self._requantize(plan, header.scale_dtype)
+        return plan
+
+    def _requantizes(self, objections: int) -> bool:
+        """Whether a layer with so many objections that rounding anew would lift is to be rounded anew."""
+        possible = 8 in self.holds.bits and "int" in self.holds.elements and "channel" in self.holds.strategies and not self.dense
+        return bool(objections) and possible and "requantize" in self.allow
+
+    def _requantize(self, plan: LayerPlan, stored: str) -> LayerPlan:
+        """The layer in 8 bits per channel."""
+        scheme = QuantScheme(QuantArgs(8), plan.target.scheme.inputs)
+        dtype = self._scale_dtype(stored if stored in {"F16", "BF16"} else self.half, True)
+        self.errors["requantize"].append((HALF_STEP, plan.target.name))
+        target = replace(plan.target, scheme=self._one(scheme), scale_dtype=dtype, outer_dtype=None)
+        return LayerPlan(target, plan.source, (), requantized=True)
+
+    def _compare(self, header: _Header, group_size: int | None) -> LayerPlan:
+        """The exact moves of a layer into the target, or refusals."""
         name, (out, in_), args, holds = header.name, header.shape, header.scheme.weights, self.holds
         wanted = self._carrier(args.bits)
         if wanted not in holds.bits or args.element not in holds.elements:
@@ -254,22 +328,42 @@ class Planner:
             self._refuse("shape-multiple", name, f"[out, in] = {[out, in_]}", offers, hint)
         if name.split(".")[-1] == "lm_head" and not holds.lm_head:
             self._refuse("lm-head", name, "a quantized lm_head", "keeps lm_head in float", "convert to gptq, or quantize without it")
-        if header.scheme.inputs is not None and not holds.inputs:
-            self._refuse("activations", name, "quantized activations", "holds weights only", "choose a target for W8A8")
-        if not header.one_level:
+        inputs = self._inputs(header)
+        if not self.dense and (header.smoothed or (header.outer_dtype is not None and args.element != "int")):
             self._refuse("two-level", name, "a second level of scales", "has one", "choose another target, or dense")
         if args.actorder and args.actorder not in holds.act_order:
             hint = "convert to gptq, which carries g_idx, or dense"
             self._refuse("act-order", name, "an irregular g_idx (act order)", "has groups of consecutive inputs only", hint)
-        moves, target_args, repeat = self._regroup(header, group_size)
-        bias_dtype = None if header.bias_dtype is None else self._bias_dtype(header.bias_dtype)
-        scale_dtype = self._scale_dtype(header.scale_dtype, target_args.strategy == "channel")
+        moves, target_args, repeat = self._regroup(header, group_size if inputs is None else None)
+        merged = header.outer_dtype is not None and not holds.outer and not self.dense
+        moves = (*moves, "merge-scales") if merged else moves
+        bias_dtype = None if header.bias_dtype is None else self._bias_dtype(header.bias_dtype, inputs is not None)
+        stored = "F32" if merged else header.scale_dtype
+        scale_dtype = self._scale_dtype(stored, target_args.strategy == "channel", inputs is not None)
+        input_dtype = None
+        if inputs is not None and header.input_dtype is not None:
+            input_dtype = self._scale_dtype(header.input_dtype, True, True)
         if not ({"keep", scale_dtype} & set(holds.scale_dtypes)):
             offers = f"stores them in {' or '.join(TORCH_NAMES[dtype] for dtype in holds.scale_dtypes)}"
             hint = "leave --scale-dtype out: rounding is measured, and what rounds too much is refused"
             self._refuse("scale-dtype", name, f"scales in {TORCH_NAMES[scale_dtype]}", offers, hint)
-        target = LayerTarget(name, self._one(header.shape), self._one(QuantScheme(target_args)), scale_dtype, bias_dtype)
+        scheme = self._one(QuantScheme(target_args, inputs))
+        outer_dtype = header.outer_dtype if holds.outer else None
+        derived = () if inputs is None else header.derived
+        target = LayerTarget(name, self._one(header.shape), scheme, scale_dtype, bias_dtype, input_dtype, outer_dtype, derived)
         return LayerPlan(target, header.scheme, self._one(moves), repeat)
+
+    def _inputs(self, header: _Header) -> QuantArgs | None:
+        """How the target quantizes the layer's inputs; dropping it is a loss."""
+        kind, args = header.inputs, header.scheme.inputs
+        if kind is None or kind in self.holds.inputs:
+            return args
+        assert args is not None
+        if kind == "both" and "static" in self.holds.inputs:
+            self.both.append(header.name)
+            return replace(args, dynamic=False, strategy="tensor", symmetric=False)
+        self.errors["activations-dropped"].append((1.0, header.name))
+        return None
 
     def _one(self, value: T) -> T:
         """``value``, as one object for all layers that have an equal one: a model may have tens of thousands."""
@@ -281,20 +375,32 @@ class Planner:
         args, in_ = header.scheme.weights, header.shape[1]
         if self.dense:
             return ("dequantize",), args, 1
+        kept = args.strategy in self.holds.strategies and (args.element != "int" or args.strategy == "tensor")
+        if kept or args.element != "int":
+            if not kept:
+                hint = "convert to dense"
+                self._refuse("group-size", header.name, f"{args.element} scales per {args.strategy}", "does not have those", hint)
+            return ("repack",), args, 1
         own = args.group_size or in_
         group_size = (args.group_size or -1) if group_size is None else group_size
         wanted = in_ if group_size == -1 else group_size
         if own % wanted or (args.actorder == "group" and own != wanted):
             sizes = ", ".join(str(size) for size in self.holds.group_sizes)
-            hint = "quantize with a group size that it takes, or convert to dense"
-            self._refuse("group-size", header.name, f"groups of {own} inputs", f"has groups of {sizes}, one size for all layers", hint)
+            hint, offers = (
+                "quantize with a group size that it takes, or convert to dense",
+                f"has groups of {sizes}, one size for all layers",
+            )
+            if not sizes:
+                offers = "has one scale per channel"
+                hint = "exact are gptq, awq and compressed-tensors; --allow requantize rounds it anew to 8 bits per channel, measured"
+            self._refuse("group-size", header.name, f"groups of {own} inputs", offers, hint)
             return (), args, 1
         moves = ["repack", "rebase-zero-point"]
         if own != wanted:
             moves.append("split-groups" if args.strategy == "group" else "repeat-scales")
         elif args.strategy == "tensor":
             moves.append("repeat-scales")
-        if self.holds.act_order and not header.has_g_idx:
+        if self.holds.act_order and not header.has_g_idx and "g_idx" not in self.holds.omits:
             moves.append("spell-g_idx")
         carrier = self._carrier(args.bits)
         if carrier > args.bits:
@@ -316,7 +422,7 @@ class Planner:
         """Bits that codes are stored in: those asked for, else the fewest that the target has and that hold them."""
         return self.bits or min((held for held in self.holds.bits if held >= bits), default=bits)
 
-    def _scale_dtype(self, stored: str, per_channel: bool = False) -> str:
+    def _scale_dtype(self, stored: str, per_channel: bool = False, has_inputs: bool = False) -> str:
         if self.dense:
             return self.weight_dtype
         if self.serve_dtype is not None and per_channel:
@@ -325,30 +431,34 @@ class Planner:
             return stored
         if self.scale_dtype is not None:
             return SCALE_DTYPES[self.scale_dtype]
-        return stored if self.holds.scale_dtypes[0] == "keep" else self.holds.scale_dtypes[0]
+        wanted = self.holds.scale_dtypes[0]
+        if wanted in {"model", "half"}:
+            return self.half if stored == "F32" and not (wanted == "half" and has_inputs) else stored
+        return stored if wanted == "keep" else wanted
 
-    def _bias_dtype(self, stored: str) -> str:
-        wanted = stored if self.dense else self._scale_dtype(stored)
+    def _bias_dtype(self, stored: str, has_inputs: bool) -> str:
+        wanted = stored if self.dense else self._scale_dtype(stored, has_inputs=has_inputs)
         return stored if wanted == "F32" else wanted
 
     def _check_fused(self, layers: list[LayerPlan]) -> None:
         """q/k/v and gate/up become one matrix in the engines: all quantized alike, or none."""
         if not self.holds.fused_alike:
             return
-        quantized = {layer.target.name: layer.target.scheme.weights for layer in layers}
+        quantized = {layer.target.name: layer.target for layer in layers}
         others = {name[: -len(".weight")] for name in self.checkpoint.plain_names if name.endswith(".weight")}
-        for name, args in quantized.items():
+        for name, target in quantized.items():
             parent, _, leaf = name.rpartition(".")
             for fused in FUSED:
                 if leaf not in fused:
                     continue
                 siblings = [f"{parent}.{other}" for other in fused if other != leaf]
                 for sibling in siblings:
-                    if sibling in others or (
-                        sibling in quantized and (quantized[sibling].bits, quantized[sibling].group_size) != (args.bits, args.group_size)
-                    ):
-                        found = "is float" if sibling in others else f"has {quantized[sibling].bits} bits"
+                    if sibling in others or (sibling in quantized and _served_as(quantized[sibling]) != _served_as(target)):
+                        found = "is float" if sibling in others else f"is {quantized[sibling].scheme}"
                         needs = f"its own scheme while {sibling.rpartition('.')[2]} {found}"
+                        if self.spec.name == self.checkpoint.format and not self.holds.for_engine:
+                            self.odd.append(f"{name} {needs.removeprefix('its own scheme ')}")
+                            break
                         hint = f"quantize or roll back {' and '.join(fused)} together, or convert to dense"
                         self._refuse("fused", name, needs, "is served with both fused into one matrix", hint)
                         break
@@ -381,13 +491,18 @@ class Planner:
     def _probe_layer(self, plan: LayerPlan) -> tuple[str, Facts]:
         header = self.checkpoint.layer(plan.target.name)
         half = 1 << (plan.target.scheme.weights.bits - 1)
-        low, high = zero_range(header.zero_points)
-        target = None if self.dense else DTYPES[plan.target.scale_dtype]
-        scale = measure_cast(header.name, "weight scale", header.scales, target)
+        low, high = (0, 0) if plan.requantized else zero_range(header.zero_points)
+        target = None if self.dense or plan.requantized else DTYPES[plan.target.scale_dtype]
+        scale = measure_cast(header.name, "weight scale", scales_of(header) if plan.merged else header.scales, target)
+        if plan.target.input_dtype is not None and header.input_scale is not None:
+            scale = scale.with_other(measure_cast(header.name, "input scale", header.input_scale, DTYPES[plan.target.input_dtype]))
         bias_dtype = plan.target.bias_dtype
         bias = Cast() if header.bias is None or bias_dtype is None else measure_cast(header.name, "bias", header.bias, DTYPES[bias_dtype])
         self._check_container(header)
-        return plan.target.name, Facts(low + half, high + half, low == high == 0, scale, bias)
+        inputs = zero_range(header.input_zero_point) == (0, 0)
+        differs = contradiction(header) if "deq_scale" in header.extras else 0.0
+        steps = bias_error(header) if "quant_bias" in dict(plan.target.derived) and "quant_bias" not in header.extras else 0.0
+        return plan.target.name, Facts(low + half, high + half, low == high == 0, scale, bias, inputs, differs, steps)
 
     def _check_container(self, header: QuantizedLinear) -> None:
         """The first codes of a layer must fit its bits: bytes that do not are packed, whatever the description says."""
@@ -409,25 +524,35 @@ class Planner:
             ("scale-rounded", facts.scale.rounded),
             ("scale-subnormal", facts.scale.subnormal),
             ("bias-rounded", max(facts.bias.rounded, facts.bias.subnormal)),
+            ("quant-bias-rounded", facts.quant_bias),
+            ("deq-scale-differs", 0.0 if plan.target.derived else facts.differs),
         ):
             if error:
                 self.errors[code].append((error, name))
         if self.dense and self.weight_dtype != "F32":
             self.errors["weight-rounded"].append((float(2.0 ** -(11 if self.weight_dtype == "F16" else 8)), name))
         args = replace(plan.target.scheme.weights, symmetric=facts.symmetric)
-        spelled = "spell-zero-point" if self.holds.zero_points else "drop-zero-point"
+        spelled = "spell-zero-point" if self.holds.zero_points and "zero_points" not in self.holds.omits else "drop-zero-point"
         moves = (*plan.moves, spelled) if facts.symmetric and "repack" in plan.moves else plan.moves
         if not (facts.symmetric or self.holds.zero_points):
-            found = next(zero for zero in (facts.zero_low, facts.zero_high) if zero != 1 << (args.bits - 1))
+            zero = next(zero for zero in (facts.zero_low, facts.zero_high) if zero != 1 << (args.bits - 1))
             hint = f"convert to {self.spec.name}, which says zero points in its default variant"
-            self._refuse(
-                "zero-point", name, f"a zero point of {found}", f"has symmetric layers only (zero point {1 << (args.bits - 1)})", hint
-            )
+            offers = f"has symmetric layers only (zero point {1 << (args.bits - 1)})"
+            self._refuse("zero-point", name, f"a zero point of {zero}", offers, hint)
         if not self.dense and facts.zero_high >= 1 << args.bits:
             hint = "read its zero points in another way (--gptq-zeros mask), or convert to dense"
             self._refuse("zero-point", name, f"a zero point of {facts.zero_high}", f"ends at {(1 << args.bits) - 1}", hint)
         source = replace(plan.source, weights=replace(plan.source.weights, symmetric=facts.symmetric))
-        target = replace(plan.target, scheme=self._one(QuantScheme(args)))
+        inputs = plan.target.scheme.inputs
+        if inputs is not None and not inputs.dynamic:
+            inputs = replace(inputs, symmetric=facts.input_symmetric)
+        target = replace(plan.target, scheme=self._one(QuantScheme(args, inputs)))
+        found = self.spec.objection(target, self.variant.name)
+        if found is not None and found.code in REQUANTIZABLE and not plan.requantized and self._requantizes(1):
+            again = self._requantize(replace(plan, target=target), target.scale_dtype)
+            return self._apply(replace(again, source=source), replace(facts, symmetric=True, zero_low=128, zero_high=128))
+        if found is not None:
+            self._refuse(found.code, name, found.needs, found.offers, found.hint)
         return replace(plan, target=target, source=self._one(source), moves=self._one(moves))
 
     def _choose_variant(self, facts: dict[str, Facts]) -> None:
@@ -461,13 +586,14 @@ class Planner:
                     hint = "convert without --strict"
                 if self.strict and code.startswith("scale-"):
                     hint += ", or keep the scales with --scale-dtype keep"
-                self._refuse(code, worst, f"what would be lost: {about} (relative error up to {bound:.3g})", "cannot hold it exactly", hint)
+                much = f"in {len(found)} places" if code.endswith("-dropped") else f"relative error up to {bound:.3g}"
+                self._refuse(code, worst, f"what would be lost: {about} ({much})", "cannot hold it exactly", hint)
         return losses
 
     def _tensors(self, layers: dict[str, LayerPlan]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Every output tensor in order: the source's order, each layer's tensors together."""
         assert self.spec.outputs is not None
-        for kind, name in self.checkpoint.entries:
+        for kind, name in [*self.checkpoint.entries, *(("plain", name) for name in self.attention)]:
             if kind == "plain":
                 info = self.checkpoint.tensors[name]
                 yield name, info.dtype, info.shape
@@ -482,7 +608,7 @@ class Planner:
         """The dtype that engines should compute in: that of the scales, where it is a half precision one."""
         if self.serve_dtype is not None:
             return self.serve_dtype
-        dtypes = {layer.target.scale_dtype for layer in layers}
+        dtypes = {layer.target.scale_dtype for layer in layers if layer.target.inputs is None}
         if len(dtypes) != 1 or (dtypes == {"F32"} and not self.dense):
             return None
         return TORCH_NAMES[dtypes.pop()]
@@ -492,6 +618,16 @@ class Planner:
             self.notes.append(
                 f"--max-memory does not bind what torch does with .bin files: up to {exempt / 1e9:.2f} GB more may be held; "
                 "save them as safetensors first if that is too much"
+            )
+        if self.odd:
+            self.notes.append(
+                f"{len(self.odd)} linears differ from those with which engines fuse them, in the source too (first: {self.odd[0]}): "
+                f"`weighbridge check` says which engines take that"
+            )
+        if self.both:
+            self.notes.append(
+                f"{len(self.both)} layers quantize inputs by a scale in one phase and at run time in another (first: {self.both[0]}): "
+                f"{self.spec.name} has one way for both, and gets the scale"
             )
         config = model_config(self.checkpoint, base)
         if config is None:

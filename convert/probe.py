@@ -28,16 +28,28 @@ class Cast:
     subnormal: float = 0.0
     overflow: float | None = None
 
+    def with_other(self, other: Cast) -> Cast:
+        """The worse of both."""
+        overflow = other.overflow if self.overflow is None else self.overflow
+        return Cast(max(self.rounded, other.rounded), max(self.subnormal, other.subnormal), overflow)
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What only the data says of a layer. zero points are in steps above the smallest code."""
+    """What only the data says of a layer. zero points are in steps above the smallest code.
+
+    differs      how far what the NPU computes with is from scales and bias, beyond the tools' roundings
+    quant_bias   what rounding the bias to whole steps does
+    """
 
     zero_low: int
     zero_high: int
     symmetric: bool
     scale: Cast
     bias: Cast
+    input_symmetric: bool = True
+    differs: float = 0.0
+    quant_bias: float = 0.0
 
 
 def zero_range(zero_points: ArrayLike | None) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 
@@ -24,9 +24,20 @@ LOSSES: dict[str, tuple[bool, str]] = {
     "bias-rounded": (True, "biases rounded to the dtype that the target's loaders want"),
     "weight-rounded": (True, "dequantized weights rounded to the folder's dtype"),
     "kv-cache-dropped": (False, "scales of a quantized KV cache left out: it will be kept in float"),
+    "activations-dropped": (False, "quantization of the inputs left out: they will be computed in float"),
+    "quant-bias-rounded": (True, "biases rounded to whole steps of deq_scale in quant_bias, as the NPU takes them (bias itself is kept)"),
+    "deq-scale-differs": (
+        False,
+        "deq_scale or quant_bias, with which the NPU computes, contradict scales or bias; the latter are kept",
+    ),
+    "requantize": (False, "weights rounded anew to 8 bits per channel; the bound is half a step of the largest weight"),
     "attention-dropped": (False, "scales of quantized attention (FAQuant) left out: it will be computed in float"),
 }
 """Loss codes: (done without asking, what is lost). Codes that are not done without asking need ``--allow CODE``."""
+
+
+HALF_STEP = 1 / 254
+"""What rounding anew to symmetric 8 bits can do to a weight, against the largest of its output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +66,20 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One layer's way: its target spelling, the exact moves, and how often each stored group's scale is repeated."""
+    """One layer's way: its target spelling, the exact moves, and how often each stored group's scale is repeated.
+
+    merged: the outer level of its scales is multiplied into the inner one; requantized: its weights are rounded anew
+    """
 
     target: LayerTarget
     source: QuantScheme
     moves: tuple[str, ...]
     repeat: int = 1
+    requantized: bool = False
+
+    @property
+    def merged(self) -> bool:
+        return "merge-scales" in self.moves
 
 
 @dataclass
@@ -92,6 +111,11 @@ class Plan:
         """What the target variant holds; plans are made only for variants that can be written."""
         assert self.variant.holds is not None
         return self.variant.holds
+
+    @property
+    def entries(self) -> list[tuple[Literal["layer", "plain"], str]]:
+        """("layer" | "plain", name) of everything that is written, in order: the source's entries, then what else is carried."""
+        return [*self.checkpoint.entries, *(("plain", name) for name in self.model.attention)]
 
     @property
     def target_name(self) -> str:
@@ -146,7 +170,8 @@ class Plan:
         }
         digest.update(json.dumps(head, sort_keys=True).encode())
         for layer in self.layers:
-            digest.update(f"{layer.target.name} {layer.target.scheme.to_json()} {layer.target.scale_dtype} {layer.repeat}\n".encode())
+            target, way = layer.target, f"{layer.repeat} {layer.requantized}"
+            digest.update(f"{target.name} {target.scheme.to_json()} {target.scale_dtype} {target.derived} {way}\n".encode())
         return digest.hexdigest()
 
     def to_json(self) -> dict[str, Any]:

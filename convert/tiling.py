@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from formats.ir import ArrayLike, QuantizedLinear
 from formats.layouts import Layout, PackedMatrix
 
-from .proof import LEAF_COLS, LEAF_ROWS, STRIP, Matrix
+from .matrices import LEAF_COLS, LEAF_ROWS, STRIP, Matrix
 
 PIECE = 4096
 """Bytes of a file that are worth a system call."""

@@ -16,9 +16,10 @@ from formats.checkpoint import zeros_reading
 from formats.layouts import expect_work
 from formats.workspace import Workspace
 
+from .matrices import Matrices, Matrix, counts_as_none
 from .memory import DEFAULT_MEMORY, header_bytes, share
 from .planning import available_cpus
-from .proof import Comparison, Fingerprint, Found, LeafGrid, Matrices, Matrix, compare_tile, digest_tile, is_zero_bias, join
+from .proof import Comparison, Fingerprint, Found, LeafGrid, compare_tile, digest_tile, join
 from .tiling import tiles_of
 
 Progress = Callable[[int], None]
@@ -97,7 +98,7 @@ def verify(
         for name, matrix in ours.items():
             other = theirs.get(name)
             if other is None:
-                if not is_zero_bias(matrix):
+                if not counts_as_none(matrix):
                     verdict.only_left.append(name)
                     work.submit([matrix], partial(_digested, verdict.left, matrix))
             elif other.shape != matrix.shape:
@@ -108,7 +109,7 @@ def verify(
                 work.submit([matrix, other], partial(finish, matrix, other))
         for name in theirs.names(without=seen):
             matrix = theirs[name]
-            if name not in ours and not is_zero_bias(matrix):
+            if name not in ours and not counts_as_none(matrix):
                 verdict.only_right.append(name)
                 work.submit([matrix], partial(_digested, verdict.right, matrix))
     return verdict
@@ -159,7 +160,7 @@ def _digested(prints: Fingerprint, matrix: Matrix, found: list[tuple[slice, slic
     grid = LeafGrid(matrix)
     for rows, cols, tile in found:
         grid.put(rows, cols, tile.left)
-    prints.add(matrix.name, matrix.shape, "" if is_zero_bias(matrix) else grid.digest())
+    prints.add(matrix.name, matrix.shape, "" if counts_as_none(matrix) else grid.digest())
 
 
 def _opened(path: str | os.PathLike[str] | Checkpoint, gptq_zeros: str | None) -> Checkpoint:

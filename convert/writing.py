@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from formats import Checkpoint
+from formats import Checkpoint, derived
 from formats.errors import NotSameError, RefusedError, UnreadableError
 from formats.ir import Array, QuantizedLinear, read
 from formats.layouts import PackedMatrix
@@ -20,8 +20,9 @@ from formats.stored_tensor import StoredTensor
 from formats.workspace import Workspace
 
 from . import moves
+from .matrices import Matrix, Tile, layer_matrices, leaves_of, plain_matrix, scales_of
 from .probe import to_float32
-from .proof import CodeProof, Found, Matrix, Tile, ValueProof, digest_tile, layer_matrices, leaves_of, plain_matrix
+from .proof import CodeProof, Found, ValueProof, digest_tile
 from .records import LayerPlan, Plan
 from .staging import Output
 from .tiling import Side, bytes_of_scales, side_of, tile_shape, tiles, tiles_of
@@ -66,6 +67,8 @@ class LayerWriter:
     def __init__(self, plan: Plan, target: Checkpoint | None, layer: LayerPlan, places: Mapping[str, Place]) -> None:
         self._plan, self._target, self._layer, self._places = plan, target, layer, places
         self.matrices = layer_matrices(plan.checkpoint, layer.target.name)
+        if layer.target.input_dtype is None:
+            self.matrices = [matrix for matrix in self.matrices if not matrix.name.endswith((".input_scale", ".input_zero_point"))]
         specs = plan.outputs(layer.target)
         self._spec = next(spec for spec in specs if spec.part in {"codes", "weight"})
         self._others = [spec for spec in specs if spec is not self._spec]
@@ -83,11 +86,22 @@ class LayerWriter:
             output, info = self._places[spec.name]
             if spec.part in {"scales", "zero_points", "scaled_zeros"}:
                 step = max(64, GRID // max(1, layer.groups[1] * self._layer.repeat) // 64 * 64)
+                if spec.shape == (1,):
+                    yield partial(self._write_one, spec)
+                    continue
                 for start in range(0, layer.groups[0], step):
                     rows = slice(start, min(start + step, layer.groups[0]))
                     yield partial(_write_grid, layer, self._layer, self._smallest_zero(), spec, output, info, rows)
             else:
                 yield partial(_write_vector, layer, self._layer, spec, output, info)
+
+    def _write_one(self, spec: TensorSpec) -> None:
+        """The scale or zero point of a whole tensor."""
+        output, info = self._places[spec.name]
+        stored = self.source.scales if spec.part == "scales" else self.source.zero_points
+        assert stored is not None
+        value = np.asarray(stored if isinstance(stored, np.ndarray) else stored.read()).reshape(1, 1)
+        output.write(info, cast(value, DTYPES[spec.dtype]) if spec.part == "scales" else value.astype(DTYPES[spec.dtype]), 0, 0)
 
     def _smallest_zero(self) -> int:
         """In the signed domain."""
@@ -146,7 +160,7 @@ class LayerWriter:
             high, wide = layout.stored_shape(codes.shape)
             words = layout.pack(codes, block[top : top + high, left : left + wide])
             if proof is not None:
-                proof.add(strip, codes, np.ascontiguousarray(layout.unpack(words, work=work)))
+                proof.add(strip, codes, np.ascontiguousarray(layout.unpack(words, dtype=codes.dtype.str, work=work)))
         return block, layout.corner(rows.start, cols.start), None if proof is None else proof.found()
 
     def _dequantize(self, ours: Tile, work: Workspace) -> tuple[Array, tuple[int, int], Found | None]:
@@ -222,7 +236,8 @@ def _check_place(found: Any, name: str, place: Place) -> None:
     """NotSameError if the reader does not find a tensor where it is written."""
     output, info = place
     same = isinstance(found, StoredTensor) and not found.turned and (found.name, found.begin) == (name, info.begin)
-    if not same or found.file.path != output.path or found.dtype != DTYPES.get(info.dtype, np.dtype("u1")):
+    byte, dtype = np.dtype("u1"), DTYPES.get(info.dtype, np.dtype("u1"))
+    if not same or found.file.path != output.path or not (found.dtype == dtype or (found.dtype == byte and dtype.itemsize == 1)):
         raise NotSameError(f"{name}: is not read from where it is written; this is a fault in Weighbridge: please report it")
 
 
@@ -245,7 +260,8 @@ def _write_grid(
         packed = spec.layout.pack(_padded(zeros, spec.columns, -spec.layout.offset))
         output.write(info, packed, *spec.layout.corner(rows.start, 0))
         return
-    scales = cast(moves.repeat_groups(layer.grid("scales", rows), plan.repeat), DTYPES[spec.dtype])
+    stored = scales_of(layer, rows) if plan.merged else layer.grid("scales", rows)
+    scales = cast(moves.repeat_groups(stored, plan.repeat), DTYPES[spec.dtype])
     if not np.isfinite(scales.astype(np.float32)).all():
         raise UnreadableError(
             f"{layer.name}: a scale does not fit {spec.dtype}, which the plan did not find; the source changed: run again"
@@ -268,13 +284,33 @@ def _padded(grid: Array, columns: int, value: int) -> Array:
 
 
 def _write_vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec, output: Output, info: TensorInfo) -> None:
-    """g_idx or bias."""
+    """One of the tensors that are small whole."""
+    data = vector(layer, plan, spec)
+    output.write(info, data.reshape(info.shape if len(info.shape) == 2 else (1, -1)), 0, 0)
+
+
+def vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec) -> Array:
+    """The values of one of the tensors that are small whole, in the dtype of ``spec``."""
+    dtype, found = DTYPES[spec.dtype], None
     if spec.part == "g_idx":
-        data = moves.spell_g_idx(layer.shape[1], plan.target.group_size) if layer.g_idx is None else layer.g_idx
-    else:
-        assert layer.bias is not None
-        data = cast(read(layer.bias), DTYPES[spec.dtype])
-    output.write(info, data.reshape(1, -1), 0, 0)
+        found = moves.spell_g_idx(layer.shape[1], plan.target.group_size) if layer.g_idx is None else layer.g_idx
+    elif spec.part == "shape":
+        found = np.array(layer.shape)
+    elif spec.part == "input_zero_point":
+        found = np.zeros(1, np.int16) if layer.input_zero_point is None else layer.input_zero_point
+    elif spec.part == "outer_zeros":
+        found = np.zeros(spec.shape)
+    elif spec.part == "deq_scale":
+        found = derived.encode_deq_scale(derived.deq_scale(layer), spec.dtype)
+    elif spec.part == "quant_bias":
+        found = derived.quant_bias(layer)
+    elif spec.part == "scale_bias":
+        found = derived.scale_bias(layer, spec.shape[1])
+    if found is not None:
+        return found.astype(dtype)
+    stored = {"bias": layer.bias, "input_scale": layer.input_scale, "outer": layer.outer}[spec.part]
+    assert stored is not None
+    return cast(read(stored), dtype)
 
 
 def cast(values: Array, dtype: np.dtype[Any]) -> Array:

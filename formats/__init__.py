@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from . import awq, dense, gptq, msmodelslim
+from . import awq, compressed_tensors, dense, gptq, msmodelslim
 from .checkpoint import Checkpoint, Location
 from .errors import RefusedError, UnreadableError, UsageError
 from .spec import FormatSpec, Variant
@@ -19,6 +19,7 @@ FORMATS: tuple[FormatSpec, ...] = (
     msmodelslim.SPEC,
     awq.SPEC,
     gptq.SPEC,
+    compressed_tensors.SPEC,
     dense.SPEC,
 )
 

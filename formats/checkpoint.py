@@ -163,7 +163,7 @@ class Checkpoint:
 
     entries       ("layer" | "plain", name) in the order of the stored tensors; names are canonical
     functional    stored tensors that change what the model computes and that no field of the IR holds here
-    attention     KV-cache scales and the like, by stored name
+    attention     KV-cache scales and the like, by stored name; said: what the checkpoint's configs say of them
     config        config.json without its quantization_config, or None
     """
 
@@ -177,6 +177,7 @@ class Checkpoint:
         self.unsupported: list[Unsupported] = []
         self.functional: list[str] = []
         self.attention: list[str] = []
+        self.said: dict[str, Any] = {}
         self.findings: list[Finding] = []
         config = location.json("config.json")
         self.quantization = None if config is None else config.pop("quantization_config", None)
@@ -268,6 +269,15 @@ def float_linears(checkpoint: Checkpoint) -> list[str]:
         name[: -len(".weight")]
         for name in checkpoint.plain_names
         if name.endswith(".weight") and len(checkpoint.tensors[name].shape) == 2 and _IN_BLOCK.search(name)
+    ]
+
+
+def float_matrices(checkpoint: Checkpoint) -> list[str]:
+    """Full dotted names of modules outside the blocks that have a plain 2-D ``.weight``: lm_head, embeddings, projectors."""
+    return [
+        name[: -len(".weight")]
+        for name in checkpoint.plain_names
+        if name.endswith(".weight") and not _IN_BLOCK.search(name) and len(checkpoint.tensors[name].shape) == 2
     ]
 
 

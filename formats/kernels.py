@@ -79,6 +79,7 @@ def unpack(layout: PackLayout, stored: Array, codes: Array) -> None:
         shape_in_bytes = (stride * size, stored.shape[0], stored.shape[1] * size)
         kernel(source.view(np.int8), *shape_in_bytes, codes.reshape(-1), layout.offset + layout.low, layout.low)
     elif _bytes(layout):
+        stored = stored if stored.strides[-1] == stored.itemsize else np.ascontiguousarray(stored)
         np.subtract(stored.view(np.uint8), np.uint8(layout.offset), out=codes.view(np.uint8))
     elif _word_by_word(layout) and layout.bits == 4:
         words, stride = _flat_words(stored, np.dtype(np.uint32))

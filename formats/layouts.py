@@ -149,7 +149,9 @@ class PackLayout:
         _check_lanes(codes, self.bits, self.low)
         stored = _place_for(self, codes, stored)
         engine = kernels() if self._in_bytes else None
-        if engine is None or not codes.size:
+        if self.is_verbatim:
+            stored[...] = codes.T if self.transposed else codes
+        elif engine is None or not codes.size:
             stored[...] = pack_reference(self, codes)
         else:
             engine.pack(self, codes.astype(np.int8, copy=False), stored)
@@ -163,7 +165,7 @@ class PackLayout:
         ``rows`` and ``cols`` are canonical; along the packed axis they must begin at a multiple of ``span``.
         A layout that stores one code per byte as it is gives what it reads, without copying.
         """
-        if self.is_verbatim and dtype == "i1":
+        if self.is_verbatim and np.dtype(dtype) == self.word_dtype:
             return read(stored, cols, rows, work).T if self.transposed else read(stored, rows, cols, work)
         part = read(stored, *self._cut(stored, rows, cols), work)
         engine = kernels() if self._in_bytes else None
@@ -181,7 +183,8 @@ class PackLayout:
     @property
     def is_verbatim(self) -> bool:
         """Whether a stored byte is the code itself."""
-        return self.bits == 8 and self.word_dtype == np.int8 and not self.order and self.offset == 0 and self.low == -128
+        low = {"i1": -128, "u1": 0}.get(self.word)
+        return self.bits == 8 and self.low == low and not self.order and self.offset == 0
 
     def _cut(self, stored: ArrayLike, rows: slice, cols: slice) -> tuple[slice, slice]:
         """The rectangle of ``stored`` that holds the canonical one."""
@@ -217,7 +220,7 @@ def code_range(codes: Array) -> tuple[int, int]:
 
 
 def _check_lanes(codes: Array, bits: int, low: int) -> None:
-    if not codes.size or (codes.dtype == np.int8 and bits == 8 and low == -128):
+    if not codes.size or (bits == 8 and (codes.dtype, low) in {(np.dtype(np.int8), -128), (np.dtype(np.uint8), 0)}):
         return
     smallest, largest = code_range(codes)
     if smallest < low or largest >= low + (1 << bits):

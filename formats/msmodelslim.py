@@ -12,9 +12,11 @@ Description: a flat map from tensor name to type, beside top-level keys of any J
 (``model_quant_type``, ``version``, ``group_size``, ``metadata``, ``optional``, ``kv_cache_type``, ...).
 
 Variants: ``safe_tensor`` (V0, no ``version`` key), ``ascendv1`` (V0 save_type ascendV1: ``version``, one-type weight file
-name), ``v1`` (weight file ``quant_model_weights*``).
+name), ``v1`` (weight file ``quant_model_weights*``), ``numpy`` (V0's default: pickled dictionaries in .npy files and no
+description; ``formats.npy_file``).
 
-Law: ``w = (weight - weight_offset) * weight_scale``; the offset is subtracted.
+Law: ``w = (weight - weight_offset) * weight_scale``; the offset is subtracted. Inputs: ``x_q = clamp(round(x / input_scale +
+input_offset), -128, 127)``; the offset is added.
 
 ==========================  =============================================================================================
 W8A16, W4A16 per channel    ``weight`` int8 [N, K]; ``weight_scale``, ``weight_offset`` [N, 1] in the model's dtype (F32 in V1)
@@ -23,6 +25,15 @@ W8A16, W4A16 per channel    ``weight`` int8 [N, K]; ``weight_scale``, ``weight_o
 W4A16 in ascendv1           per group: int8 [N/2, K], two consecutive output rows a byte, low nibble the even row;
                             one scale per row: int8 [N, K/2], two consecutive inputs a byte, low nibble the even column;
                             nibbles are two's complement
+W8A8 (static)               W8A16's tensors per channel or tensor (V1: no scale, no offset), and ``input_scale``, ``input_offset``
+                            [1] in the model's dtype (F32 in V1), ``deq_scale`` [N] F32 or I64, ``quant_bias`` [N] I32
+W8A8S                       as W8A8, without weight_scale and weight_offset: sparse by its values, not by its layout
+W8A8_DYNAMIC                W8A16's tensors per channel
+W8A8_MIX                    W8A8's tensors; inputs are quantized by the static scale or at run time, by the phase of generation
+W4A8_DYNAMIC                ``weight_scale``, ``weight_offset`` F32 [N, 1]; V0 also ``weight_scale_second`` F32 and
+                            ``weight_offset_second`` I64 [N, K/g]; with a version key int8 [N/2, K] (two rows a byte) and
+                            ``scale_bias`` F32 [N, 1] or [N, 16]; else int8 [N, K]
+C8                          ``<attn>.k_proj.kv_cache_scale``, ``kv_cache_offset`` and those of v_proj: [kv_heads * head_dim]
 FLOAT                       unchanged; ``.bias`` of a quantized layer is FLOAT too
 ==========================  =============================================================================================
 
@@ -36,31 +47,45 @@ Quirks that this reader handles:
 4. Tensors may be in the file without a description entry (rotations), and entries without a tensor (``<attn>.quant_type``).
 5. Per-channel codes were rounded in the model's own dtype arithmetic, so codes must be copied, never derived again.
 6. Symmetric layers have an offset tensor of zeros: that a layer is symmetric is in the data, not in the header.
+7. Two things say what a static W8A8 layer computes: weight_scale, and deq_scale, which the NPU uses (``formats.derived``). The
+   law here is weight_scale where there is one, else ``deq_scale / input_scale`` in float32. ``quant_bias`` holds the bias,
+   rounded, and ``bias`` is stored as well: the latter is the law's.
+8. ``q_proj``, ``k_proj`` and ``v_proj`` have one input scale, and so have ``gate_proj`` and ``up_proj``.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import msmodelslim_target as target
 from .checkpoint import Checkpoint, Finding, IntegralZeros, LeftOut, Location, Unsupported
+from .derived import DERIVED, decode_deq_scale
 from .errors import UnreadableError
-from .ir import QuantArgs, QuantizedLinear, QuantScheme, Strategy
+from .ir import Array, ArrayLike, Extra, QuantArgs, QuantizedLinear, QuantScheme, Strategy, read
 from .layouts import PackedMatrix, PackLayout
-from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
+from .msmodelslim_target import CONTAINER, PACKED_COLUMNS, PACKED_ROWS
+from .spec import FormatSpec, InputKind
+from .workspace import Workspace
 
-BITS = {"W4A16": 4, "W8A16": 8}
-"""Types that are read, with their bits."""
+TYPES: dict[str, tuple[int, InputKind | None]] = {
+    "W4A16": (4, None),
+    "W8A16": (8, None),
+    "W8A8": (8, "static"),
+    "W8A8S": (8, "static"),
+    "W8A8_MIX": (8, "both"),
+    "W8A8_DYNAMIC": (8, "dynamic"),
+    "W4A8_DYNAMIC": (4, "dynamic"),
+}
+"""Types that are read: bits of the weights, and how inputs are quantized."""
 
 OTHER_TYPES = frozenset(
-    "W8A8 W8A8S W8A8SC W8A8_DYNAMIC W8A8_MIX W8A8_TIMESTEP W4A8_DYNAMIC W4A4_DYNAMIC W4A4_FLATQUANT_DYNAMIC "
+    "W8A8SC W8A8_TIMESTEP W4A4_DYNAMIC W4A4_FLATQUANT_DYNAMIC "
     "W8A8_FLATQUANT_DYNAMIC W4A4_FLATQUANT W8A8_FLATQUANT WFP8AFP8_DYNAMIC W8A8FP8_DYNAMIC W8A8_MXFP8 W4A4_MXFP4 W4A8_MXFP "
     "W4A4_MXFP4_DUALSCALE W4A4_MXFP4_SVD W8A8_MXFP8_SVD NF4 W16A16S W16A16SC".split()
 )
@@ -80,21 +105,19 @@ RMS_NORM_MODELS = frozenset(
 )
 """config.json model_type values whose norms are RMSNorm: no bias in the Hugging Face model."""
 
-LAYER_PARTS = ("weight", "weight_scale", "weight_offset", "bias")
-
-CONTAINER = PackLayout(bits=8, word="i1", low=-128)
-"""One code a byte."""
-PACKED_ROWS = PackLayout(bits=4, word="i1", axis="out", low=-8)
-"""ascendv1 per group: two output rows a byte."""
-PACKED_COLUMNS = PackLayout(bits=4, word="i1", axis="in", low=-8)
-"""ascendv1 with one scale a row: two inputs a byte."""
+_ONLY_QUANTIZED = (
+    "weight_scale", "weight_offset", "weight_scale_second", "weight_offset_second", "input_scale", "input_offset", *DERIVED,
+)  # fmt: skip
+"""Leaf names that nothing but a quantized layer has."""
+LAYER_PARTS = ("weight", "bias", *_ONLY_QUANTIZED)
+_FLOATS = frozenset({"F16", "BF16", "F32"})
 
 
 def detect(location: Location) -> str | None:
     """The variant that the folder says it is, or None."""
     description = find_description(location)
     if description is None:
-        return None
+        return "numpy" if "quant_weight.npy" in location.names else None
     if "version" not in location.read_json(description):
         return "safe_tensor"
     return "v1" if any(name.startswith("quant_model_weights") for name in location.names) else "ascendv1"
@@ -111,9 +134,26 @@ def find_description(location: Location) -> Path | None:
     if named is not None and len(found) > 1:
         kind = re.sub(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$", "", named.name).removeprefix("quant_model_weight")
         found = [name for name in found if name == f"quant_model_description{kind}.json"] or found
+    if not found and any(name.endswith(".safetensors") for name in location.names):
+        found = [name for name in location.names if _describes(location, name)]
     if len(found) > 1:
         raise UnreadableError(f"{location.folder.name}: several descriptions ({', '.join(found)}); name the weight file or one of them")
     return location.folder / found[0] if found else None
+
+
+_ELSEWHERE = re.compile(r"(config|tokenizer|vocab|added_tokens|special_tokens_map|chat_template|processor|index|weighbridge)\b|_config")
+"""Names of other tools' JSON files."""
+
+
+def _describes(location: Location, name: str) -> bool:
+    """Whether a JSON file of any name is a description: the caller of the tool chooses its name."""
+    if not name.endswith(".json") or _ELSEWHERE.search(name.removesuffix(".json")):
+        return False
+    try:
+        found = location.read_json(location.folder / name)
+    except UnreadableError:
+        return False
+    return "model_quant_type" in found and any(key.endswith(".weight") for key in found)
 
 
 def _types(description: dict[str, Any]) -> dict[str, str]:
@@ -122,21 +162,29 @@ def _types(description: dict[str, Any]) -> dict[str, str]:
 
 
 class MsModelSlim(Checkpoint):
-    """Reader of W4A16 and W8A16 folders of both generations; other types are listed as unsupported."""
+    """Reader of both generations; types beyond ``TYPES`` are listed as unsupported."""
 
     def __init__(self, location: Location, variant: str) -> None:
-        path = find_description(location)
-        if path is None:
-            raise UnreadableError(f"{location.folder.name}: no quant_model_description*.json beside the weights")
-        description = location.read_json(path)
-        packed, types = "version" in description, _types(description)
-        del description  # before the headers are read: either is large for a model of many experts
-        super().__init__(location, "msmodelslim", variant, location.tensors("quant_model_weight"))
-        self._packed, self._types = packed, types
-        self._bits: dict[str, int] = {}
+        if variant == "numpy":
+            from .npy_file import numpy_tensors, numpy_types
+
+            tensors, packed, said, name = numpy_tensors(location), False, dict[str, Any](), "quant_weight.npy"
+            types = numpy_types(tensors)
+        else:
+            path = find_description(location)
+            if path is None:
+                raise UnreadableError(f"{location.folder.name}: no quant_model_description*.json beside the weights")
+            description = location.read_json(path)
+            packed, types, name = "version" in description, _types(description), path.name
+            said = {key: description[key] for key in ("kv_cache_type", "kv_quant_type") if key in description}
+            del description  # before the headers are read: either is large for a model of many experts
+            tensors = location.tensors("quant_model_weight")
+        super().__init__(location, "msmodelslim", variant, tensors)
+        self._packed, self._types, self.said = packed, types, said
+        self._kinds: dict[str, str] = {}
         self._model_type = self.model_type
-        self._check_description(path.name)
-        self._sort_tensors(path.name)
+        self._check_description(name)
+        self._sort_tensors(name)
 
     def _check_description(self, name: str) -> None:
         for tensor, type_ in self._types.items():
@@ -152,8 +200,8 @@ class MsModelSlim(Checkpoint):
         for tensor, type_ in self._types.items():
             module, _, leaf = map(sys.intern, tensor.rpartition("."))
             if leaf == "weight" and type_ != "FLOAT" and not self._is_norm_copy(module):
-                if type_ in BITS:
-                    self._bits[module] = BITS[type_]
+                if type_ in TYPES:
+                    self._kinds[module] = sys.intern(type_)
                 elif type_ in OTHER_TYPES or type_ in ATTENTION_TYPES:
                     unsupported[module] = type_
                 else:
@@ -161,7 +209,7 @@ class MsModelSlim(Checkpoint):
         self.unsupported = [Unsupported(name, type_, f"type {type_} is not read yet") for name, type_ in unsupported.items()]
         for tensor in self.tensors:
             module, _, leaf = map(sys.intern, tensor.rpartition("."))
-            if module in self._bits and leaf in LAYER_PARTS:
+            if module in self._kinds and leaf in LAYER_PARTS:
                 if leaf == "weight":
                     self.entries.append(("layer", module))
             elif FUNCTIONAL.search(tensor):
@@ -183,7 +231,7 @@ class MsModelSlim(Checkpoint):
 
     def _check_plain(self, tensor: str, leaf: str, description: str) -> None:
         """A tensor that only a quantized layer has must not be carried as if it were float."""
-        if leaf in {"weight_scale", "weight_offset"} or (leaf == "weight" and self.tensors[tensor].dtype == "I8"):
+        if leaf in _ONLY_QUANTIZED or (leaf == "weight" and self.tensors[tensor].dtype == "I8"):
             label = self._types.get(tensor)
             found = f"labels it {label}" if label else "does not mention it"
             raise UnreadableError(
@@ -217,42 +265,113 @@ class MsModelSlim(Checkpoint):
         return tuple(f"{name}.{part}" for part in LAYER_PARTS if f"{name}.{part}" in self.tensors)
 
     def layer(self, name: str) -> QuantizedLinear:
-        bits = self._bits[name]
-        for part in ("weight", "weight_scale"):
-            if f"{name}.{part}" not in self.tensors:
-                raise UnreadableError(f"{name}: has no tensor {part!r}, which W{bits}A16 needs; the checkpoint is incomplete")
-        stored = self.tensors[f"{name}.weight"]
-        scale = self.tensors[f"{name}.weight_scale"]
-        if stored.dtype != "I8" or len(stored.shape) != 2:
-            raise UnreadableError(f"{name}: weight is {stored.dtype} {list(stored.shape)}, wanted int8 [out, in] for W{bits}A16")
-        bias_info = self.tensors.get(f"{name}.bias")
-        if bias_info is not None and bias_info.dtype not in {"F16", "BF16", "F32"}:
-            raise UnreadableError(f"{name}: bias is {bias_info.dtype}, wanted a float dtype")
-        if scale.dtype not in {"F16", "BF16", "F32"}:
-            raise UnreadableError(f"{name}: weight_scale is {scale.dtype}, wanted a float dtype")
-        layout = self._layout(bits, stored.shape, scale.shape)
+        type_ = self._kinds[name]
+        bits, kind = TYPES[type_]
+        static = kind in {"static", "both"}
+        self._require(name, type_, "weight", ("I8",), 2)
+        if f"{name}.bias" in self.tensors:
+            self._require(name, type_, "bias", tuple(_FLOATS), 1)
+        if static:
+            self._require(name, type_, "input_scale", tuple(_FLOATS), 1)
+        if not (static and self._is_derived(name)):
+            self._require(name, type_, "weight_scale", tuple(_FLOATS))
+        second = f"{name}.weight_scale_second" in self.tensors
+        layout = self._layout(name, type_, bits)
         codes = PackedMatrix(layout, self.tensors.tensor(f"{name}.weight"))
-        strategy, group_size = _strategy(name, codes.shape, scale.shape)
-        zeros = self._zero_points(name, bits, scale.shape)
+        input_scale, input_zero_point = self._inputs(name, type_) if static else (None, None)
+        outer, scales = None, self._scales(name, type_, codes.shape[0], input_scale)
+        part = "weight_scale"
+        if second:
+            self._require(name, type_, "weight_scale_second", ("F32", "F16", "BF16"), 2)
+            outer, scales, part = scales, self.tensors.tensor(f"{name}.weight_scale_second"), "weight_scale_second"
+            self._insist_on_zeros(name)
+        strategy, group_size = _strategy(name, codes.shape, tuple(scales.shape))
+        zeros = self._zero_points(name, bits, tuple(scales.shape), part)
         weights = QuantArgs(bits, "int", zeros is None, strategy, group_size)
+        measured = kind != "static"  # W8A8_MIX: in one of its two modes
+        inputs = None if kind is None else QuantArgs(8, "int", kind == "dynamic", "token" if measured else "tensor", dynamic=measured)
         bias = self.tensors.tensor(f"{name}.bias") if f"{name}.bias" in self.tensors else None
-        scales = self.tensors.tensor(f"{name}.weight_scale")
-        layer = QuantizedLinear(name, codes.shape, QuantScheme(weights), codes, scales, zeros, bias=bias)
+        extras = {part: Extra("derived", self.tensors.tensor(f"{name}.{part}")) for part in DERIVED if f"{name}.{part}" in self.tensors}
+        layer = QuantizedLinear(
+            name, codes.shape, QuantScheme(weights, inputs), codes, scales, zeros, outer=outer, bias=bias,
+            input_scale=input_scale, input_zero_point=input_zero_point, extras=extras,
+        )  # fmt: skip
         layer.check()
+        self._check_extras(layer)
         return layer
 
-    def _layout(self, bits: int, weight: tuple[int, ...], scale: tuple[int, ...]) -> PackLayout:
-        if bits == 8 or not self._packed:
+    def _require(self, name: str, type_: str, part: str, dtypes: tuple[str, ...], dimensions: int | None = None) -> None:
+        """UnreadableError if a layer's part is missing, or of another dtype or number of dimensions."""
+        info = self.tensors.get(f"{name}.{part}")
+        if info is None:
+            raise UnreadableError(f"{name}: has no tensor {part!r}, which {type_} needs; the checkpoint is incomplete")
+        if info.dtype not in dtypes or dimensions not in {None, len(info.shape)}:
+            wanted = f"{' or '.join(sorted(dtypes))}{'' if dimensions is None else f' in {dimensions} dimensions'}"
+            raise UnreadableError(f"{name}: {part} is {info.dtype} {list(info.shape)}, wanted {wanted} for {type_}")
+
+    def _is_derived(self, name: str) -> bool:
+        """Whether the weight's scale is only in deq_scale (quirk 7)."""
+        return f"{name}.weight_scale" not in self.tensors and f"{name}.deq_scale" in self.tensors
+
+    def _scales(self, name: str, type_: str, out: int, input_scale: Array | None) -> ArrayLike:
+        if input_scale is None or not self._is_derived(name):
+            return self.tensors.tensor(f"{name}.weight_scale")
+        self._require(name, type_, "deq_scale", ("F32", "I64"), 1)
+        stored = self.tensors.tensor(f"{name}.deq_scale")
+        if stored.shape not in {(out,), (1,)}:
+            raise UnreadableError(f"{name}: deq_scale has shape {list(stored.shape)}, wanted [{out}] or [1]")
+        return ScaleOfProduct(name, stored, float(input_scale.astype(np.float32)[0]))
+
+    def _inputs(self, name: str, type_: str) -> tuple[Array, Array]:
+        """Static input scale and zero point, [1] each."""
+        self._require(name, type_, "input_offset", (*_FLOATS, "I8"), 1)
+        found = {part: np.asarray(self.tensors.array(f"{name}.{part}")) for part in ("input_scale", "input_offset")}
+        for part, array in found.items():
+            if array.shape != (1,):
+                raise UnreadableError(f"{name}: {part} has shape {list(array.shape)}, wanted [1] for {type_}")
+        scale, offset = (float(array.astype(np.float32)[0]) for array in found.values())
+        if not (np.isfinite(scale) and scale > 0):
+            raise UnreadableError(f"{name}: input_scale is {scale}, wanted a positive number; the checkpoint is damaged")
+        if offset != np.rint(offset) or not -128 <= offset <= 127:
+            raise UnreadableError(f"{name}: input_offset is {offset}, wanted an integer from -128 to 127; the checkpoint is damaged")
+        return found["input_scale"], np.array([int(offset)], dtype=np.int16)
+
+    def _insist_on_zeros(self, name: str) -> None:
+        """Offsets of the outer scales of W4A8: the tool writes zeros, and the law has no place for others."""
+        tensor = f"{name}.weight_offset"
+        if tensor in self.tensors and np.asarray(self.tensors.array(tensor)).any():
+            raise UnreadableError(f"{tensor}: is not zero beside weight_scale_second; what that means is not known: quantize it again")
+
+    def _check_extras(self, layer: QuantizedLinear) -> None:
+        out = layer.shape[0]
+        shapes: dict[str, set[tuple[int, ...]]] = {
+            "deq_scale": {(out,), (1,)},
+            "quant_bias": {(out,)},
+            "scale_bias": {(out, 1), (out, 16), (out,), layer.shape},
+        }
+        dtypes = {"deq_scale": ("float32", "int64"), "quant_bias": ("int32",), "scale_bias": ("float32", "bfloat16", "float16")}
+        for part, extra in layer.extras.items():
+            if tuple(extra.value.shape) not in shapes[part] or extra.value.dtype.name not in dtypes[part]:
+                wanted = f"{' or '.join(dtypes[part])} {' or '.join(str(list(shape)) for shape in sorted(shapes[part]))}"
+                raise UnreadableError(f"{layer.name}: {part} is {extra.value.dtype} {list(extra.value.shape)}, wanted {wanted}")
+
+    def _layout(self, name: str, type_: str, bits: int) -> PackLayout:
+        if bits == 8:
+            return CONTAINER
+        rows, scale = self.tensors[f"{name}.weight"].shape[0], self.tensors[f"{name}.weight_scale"].shape
+        if type_ == "W4A8_DYNAMIC":
+            return PACKED_ROWS if self._packed and scale[0] == 2 * rows else CONTAINER
+        if not self._packed:
             return CONTAINER
         return PACKED_COLUMNS if scale[-1] == 1 else PACKED_ROWS
 
-    def _zero_points(self, name: str, bits: int, scale: tuple[int, ...]) -> IntegralZeros | None:
-        tensor = f"{name}.weight_offset"
+    def _zero_points(self, name: str, bits: int, scale: tuple[int, ...], part: str) -> IntegralZeros | None:
+        tensor = f"{name}.{part.replace('scale', 'offset')}"
         if tensor not in self.tensors:
             return None
         stored: Any = self.tensors.tensor(tensor)
         if stored.shape != scale:
-            raise UnreadableError(f"{name}: weight_offset has shape {list(stored.shape)}, weight_scale {list(scale)}; they must agree")
+            raise UnreadableError(f"{tensor}: has shape {list(stored.shape)}, {part} {list(scale)}; they must agree")
         matrix = stored.reshape(1, -1) if isinstance(stored, np.ndarray) else stored.as_matrix()
         return IntegralZeros(tensor, matrix if stored.ndim == 1 else stored, -(1 << bits - 1), (1 << bits - 1) - 1)
 
@@ -271,81 +390,40 @@ def _strategy(name: str, shape: tuple[int, int], scale: tuple[int, ...]) -> tupl
     )
 
 
-def _type(layer: LayerTarget) -> str:
-    return f"W{layer.scheme.weights.bits}A16"
+@dataclass(frozen=True, slots=True)
+class ScaleOfProduct:
+    """The weight's scale, [out, 1] or [1] float32, out of deq_scale, the product of it and the input's (``LazyArray``)."""
 
+    name: str
+    stored: ArrayLike
+    input_scale: float
 
-def _model_type(model: ModelFacts) -> str:
-    """model_quant_type: the type of most layers."""
-    return Counter(_type(layer) for layer in model.layers).most_common(1)[0][0]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1,) if self.stored.shape == (1,) else (self.stored.shape[0], 1)
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.float32)
 
-def outputs(layer: LayerTarget, variant: str) -> tuple[TensorSpec, ...]:
-    """The tensors that spell ``layer``, in the tool's order: weight, bias, weight_scale, weight_offset."""
-    layout = CONTAINER
-    if variant == "ascendv1" and layer.scheme.weights.bits == 4:
-        layout = PACKED_COLUMNS if layer.groups == 1 else PACKED_ROWS
-    name, out = layer.name, layer.shape[0]
-    weight = TensorSpec(f"{name}.weight", "I8", layout.stored_shape(layer.shape), "codes", layout)
-    bias = () if layer.bias_dtype is None else (TensorSpec(f"{name}.bias", layer.bias_dtype, (out,), "bias"),)
-    shape = (out, layer.groups)
-    scale = TensorSpec(f"{name}.weight_scale", layer.scale_dtype, shape, "scales")
-    offset = TensorSpec(f"{name}.weight_offset", layer.scale_dtype, shape, "zero_points")
-    return (weight, *bias, scale, offset)
+    def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
+        found = decode_deq_scale(np.asarray(read(self.stored, rows))) / np.float32(self.input_scale)
+        return found if len(self.shape) == 1 else found.reshape(-1, 1)[:, cols]
 
-
-def quantization_config(model: ModelFacts, variant: str) -> tuple[Mapping[str, Any], None]:
-    """({description file: object}, None): config.json says nothing of msModelSlim's quantization."""
-    kind = _model_type(model)
-    layers = {layer.name: layer for layer in model.layers}
-    description: dict[str, Any] = {"model_quant_type": kind}
-    if variant == "ascendv1":
-        description["version"] = "1.0.0"
-        sizes = {layer.group_size for layer in model.layers} - {-1}
-        if len(sizes) == 1:
-            description["group_size"] = sizes.pop()
-    for entry, name in model.entries:
-        if entry == "plain":
-            description[name] = "FLOAT"
-            continue
-        for spec in outputs(layers[name], variant):
-            description[spec.name] = "FLOAT" if spec.part == "bias" else _type(layers[name])
-    suffix = "" if variant == "ascendv1" else f"_{kind.lower()}"
-    return {f"quant_model_description{suffix}.json": description}, None
-
-
-def stem(model: ModelFacts, variant: str) -> str:
-    """quant_model_weight_<type>, in both of V0's variants."""
-    return f"quant_model_weight_{_model_type(model).lower()}"
-
-
-_HOLDS = Capabilities(
-    bits=(4, 8),
-    strategies=("channel", "group"),
-    group_sizes=(256, 128, 64, 32),
-    scale_dtypes=("keep", "F16", "BF16", "F32"),
-    lm_head=True,
-)
 
 SPEC = FormatSpec(
     name="msmodelslim",
     tool="msModelSlim 8.2 to 26.1",
     about="safetensors and a description JSON, for Ascend NPUs",
-    variants=(
-        Variant("safe_tensor", "Python API, save_type safe_tensor: codes a byte each", _HOLDS, "MindIE"),
-        Variant(
-            "ascendv1",
-            "Python API, save_type ascendV1: 4-bit codes packed",
-            replace(_HOLDS, multiple_of=(2, 2)),
-            "MindIE, vllm-ascend (W8A16)",
-        ),
-        Variant("v1", "command line (modelslim_v1): read only", None),
-    ),
+    variants=target.VARIANTS,
     detect=detect,
     open=MsModelSlim,
-    outputs=outputs,
-    quantization_config=quantization_config,
-    stem=stem,
+    outputs=target.outputs,
+    quantization_config=target.quantization_config,
+    stem=target.stem,
+    config_keys=target.config_keys,
+    derived=target.derived,
+    objection=target.objection,
     owner_writes_only=True,
     default_variant="safe_tensor",
 )

@@ -11,13 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from .ir import ActOrder, Element, QuantScheme, Strategy
+from .ir import ActOrder, Element, QuantizedLinear, QuantScheme, Strategy
 from .layouts import Layout
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, Location
 
-Part = Literal["codes", "scales", "zero_points", "scaled_zeros", "g_idx", "bias", "weight"]
+Part = Literal[
+    "codes", "scales", "zero_points", "scaled_zeros", "outer", "g_idx", "bias", "weight", "shape", "input_scale", "input_zero_point",
+    "deq_scale", "quant_bias", "scale_bias", "outer_zeros",
+]  # fmt: skip
+InputKind = Literal["static", "dynamic", "both"]
+"""How a layer's inputs are quantized: by scales that the file holds, by scales found at run time, or in each of two modes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,9 @@ class TensorSpec:
     """One tensor that a format stores for a layer.
 
     part        what it holds of the law; layout: how codes or zero points sit in its words
-                ("scaled_zeros": minus the product of scale and unsigned zero point, in the scales' dtype)
+                ("scaled_zeros": minus the product of scale and unsigned zero point, in the scales' dtype;
+                "shape": (out, in) as two integers; "deq_scale", "quant_bias", "scale_bias": msModelSlim's derived tensors;
+                "outer_zeros": zeros beside the outer scales)
     transposed  scales are stored [groups, out] instead of [out, groups]
     columns     groups stored, where they are padded with zero bits; 0: the layer's own
     order       of so many outputs place i holds the scale of output ``order[i]``; (): as they come
@@ -45,7 +52,10 @@ class TensorSpec:
 class LayerTarget:
     """A layer as the target will spell it: what ``outputs`` and ``quantization_config`` need, without any data.
 
-    group_size is inputs per scale (-1: one per channel); scale_dtype and bias_dtype are safetensors names.
+    group_size is inputs per scale (-1: one per channel); the dtypes are safetensors names.
+
+    input_dtype   of a static input scale, None without one; outer_dtype: of the outer level of scales, None without one
+    derived       tensors that follow from the law and are written beside it, by leaf name, with their dtypes
     """
 
     name: str
@@ -53,10 +63,18 @@ class LayerTarget:
     scheme: QuantScheme
     scale_dtype: str
     bias_dtype: str | None
+    input_dtype: str | None = None
+    outer_dtype: str | None = None
+    derived: tuple[tuple[str, str], ...] = ()
 
     @property
     def group_size(self) -> int:
         return self.scheme.weights.group_size or -1
+
+    @property
+    def inputs(self) -> InputKind | None:
+        """How its inputs are quantized; None: they are not."""
+        return input_kind(self.scheme, self.input_dtype is not None)
 
     @property
     def groups(self) -> int:
@@ -68,14 +86,28 @@ class ModelFacts:
     """What a folder's quantization config must say about the whole model.
 
     layers        every quantized layer as it will be spelled; float_linears: linears left in float, full dotted names
+    others        modules outside the blocks with a float matrix: lm_head, embeddings, projectors
     entries       ("layer" | "plain", name) of everything in the folder, in order
     model_dtype   torch dtype name that the engine should compute in ("float16", "bfloat16"), or None to leave it
+    attention     stored tensors of a quantized KV cache or attention that are carried; said: what the source says of them
     """
 
     layers: tuple[LayerTarget, ...]
     float_linears: tuple[str, ...]
     model_dtype: str | None
     entries: Sequence[tuple[str, str]] = ()
+    others: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+    said: Mapping[str, Any] = field(default_factory=dict)
+
+
+def input_kind(scheme: QuantScheme, has_scale: bool) -> InputKind | None:
+    """How a layer of ``scheme`` quantizes its inputs; has_scale: whether there is a static scale."""
+    if scheme.inputs is None:
+        return None
+    if not scheme.inputs.dynamic:
+        return "static"
+    return "both" if has_scale else "dynamic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +118,17 @@ class Capabilities:
     group_sizes                  inputs per group that its readers take; the first is preferred for per-channel sources
     smallest_zero                smallest zero point, in steps above the smallest code (GPTQ v1 stores z - 1: 1)
     zero_points                  says zero points; where not, it is the middle code (symmetric layers only)
+    omits                        parts that are left out where they say nothing: "zero_points" that are all 0, a regular "g_idx"
     act_order                    kinds of irregular g_idx
-    scale_dtypes                 safetensors names; the first is what its loaders want; "keep": as they are
-    inputs                       holds activation quantization
+    scale_dtypes                 safetensors names; the first is what its loaders want; "keep": as they are; "model": as they are, but
+                                 float32 in the model's half precision; "half": the same, but of layers whose inputs are quantized as
+                                 they are
+    inputs                       kinds of input quantization that it holds; outer: holds two-level scales of integer codes
     multiple_of                  (out, in) must be multiples of these
     mixed_groups                 whether layers may have different group sizes within one folder
     lm_head                      whether lm_head may be quantized
     dequantized                  holds float weights: layers are dequantized into it
+    for_engine                   a dialect for one engine: what that would not load is refused
     fused_alike                  whether its consumers fuse q/k/v and gate/up, which must then agree
     """
 
@@ -102,14 +138,17 @@ class Capabilities:
     group_sizes: tuple[int, ...] = ()
     smallest_zero: int = 0
     zero_points: bool = True
+    omits: tuple[Part, ...] = ()
     act_order: tuple[ActOrder, ...] = ()
     scale_dtypes: tuple[str, ...] = ()
-    inputs: bool = False
+    inputs: tuple[InputKind, ...] = ()
+    outer: bool = False
     multiple_of: tuple[int, int] = (1, 1)
     mixed_groups: bool = False
     lm_head: bool = False
     dequantized: bool = False
     fused_alike: bool = True
+    for_engine: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +162,20 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
+class Objection:
+    """Why a format cannot spell a layer that fits its capabilities one by one: a refusal's code, and what it says."""
+
+    code: str
+    needs: str
+    offers: str
+    hint: str
+
+
+def _no_derived(layer: QuantizedLinear, kind: InputKind | None, model_dtype: str | None) -> tuple[tuple[str, str], ...]:
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
 class FormatSpec:
     """A format: its row in the registry.
 
@@ -131,6 +184,10 @@ class FormatSpec:
     outputs              the tensors that spell one layer in a variant, or None if the format cannot be written yet
     quantization_config  ({file name: JSON object}, quantization_config for config.json) of a folder
     stem                 name of the weight files without shard number and suffix
+    config_keys          what config.json says beside quantization_config
+    derived              (leaf name, dtype) of tensors that follow from the law and are written beside it, of a layer whose inputs
+                         are quantized in a way, for a model of a dtype ("BF16", "F16", "F32"; None: unknown)
+    objection            why a layer as it would be spelled cannot be, or None
     owner_writes_only    its tool refuses files that others may write
     """
 
@@ -143,6 +200,9 @@ class FormatSpec:
     outputs: Callable[[LayerTarget, str], tuple[TensorSpec, ...]] | None = None
     quantization_config: Callable[[ModelFacts, str], tuple[Mapping[str, Any], dict[str, Any] | None]] | None = None
     stem: Callable[[ModelFacts, str], str] = lambda model, variant: "model"
+    config_keys: Callable[[ModelFacts, str], Mapping[str, Any]] = lambda model, variant: {}
+    derived: Callable[[QuantizedLinear, InputKind | None, str | None], tuple[tuple[str, str], ...]] = _no_derived
+    objection: Callable[[LayerTarget, str], Objection | None] = lambda layer, variant: None
     owner_writes_only: bool = False
     default_variant: str = field(default="")
 

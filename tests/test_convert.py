@@ -167,12 +167,14 @@ def test_eight_bits_to_awq_are_refused(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["awq", "gptq", "dense"])
-def test_w8a8_layers_are_refused_by_name(target: str, tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match=r"W8A8") as caught:
-        convert(MSMODELSLIM / "w8a8_mix_cfg_fp16", tmp_path / "out", target)
-    layers = {getattr(refusal, "layer", "") for refusal in caught.value.refusals}
-    assert len([name for name in layers if name.endswith(("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"))]) == 10
+def test_what_quantizes_inputs_is_not_dropped_unasked(target: str, tmp_path: Path) -> None:
+    source = MSMODELSLIM / "w8a8_mix_cfg_fp16"
+    with pytest.raises(RefusedError, match=r"will be computed in float \(in \d+ places\)") as caught:
+        convert(source, tmp_path / "out", target)
+    assert "activations-dropped" in {getattr(refusal, "code", "") for refusal in caught.value.refusals}
     assert list(tmp_path.iterdir()) == []
+    allowed = plan(source, target, allow=["activations-dropped"])
+    assert next(loss for loss in allowed.losses if loss.code == "activations-dropped").layers == 13
 
 
 @pytest.mark.parametrize("case", GOLDENS)

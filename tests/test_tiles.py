@@ -15,8 +15,9 @@ from killing import small_tiles
 
 from convert import tiling
 from convert.engine import convert
+from convert.matrices import Matrix
 from convert.memory import LARGEST_TILE, LIBRARIES, MIB, SMALLEST_TILE, WORKER, share
-from convert.proof import LeafGrid, Matrix
+from convert.proof import LeafGrid
 from convert.tiling import Side, tile_shape, tiles
 from convert.verification import fingerprint, verify
 from formats.errors import UsageError
