@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from .planning import plan
     from .proof import Fingerprint
     from .records import Plan
+    from .serving import ServeReport, serve_check
     from .staging import Unfinished, clean
     from .verification import Verdict, fingerprint, verify
 
 __all__ = [
-    "CheckReport", "Diagnosis", "Fingerprint", "Plan", "Report", "Result", "Unfinished", "Verdict",
-    "check", "clean", "convert", "doctor", "fingerprint", "inspect", "plan", "run", "verify",
+    "CheckReport", "Diagnosis", "Fingerprint", "Plan", "Report", "Result", "ServeReport", "Unfinished", "Verdict",
+    "check", "clean", "convert", "doctor", "fingerprint", "inspect", "plan", "run", "serve_check", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "verify": "verification", "Verdict": "verification", "fingerprint": "verification", "Fingerprint": "proof",
     "inspect": "inspection", "Report": "inspection", "check": "checking", "CheckReport": "checking",
     "doctor": "mending", "Diagnosis": "mending", "clean": "staging", "Unfinished": "staging",
+    "serve_check": "serving", "ServeReport": "serving",
 }  # fmt: skip
 
 

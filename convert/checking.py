@@ -19,7 +19,7 @@ from formats.safetensors_file import NAMES, TensorSet, read_json
 from .consumers import CONSUMERS
 from .folder import configs
 from .probe import zero_range
-from .records import Plan
+from .records import Plan, Refusal
 from .requirements import FolderFacts, LayerFacts, Requirement
 from .stored import StoredLayer, is_irregular, is_symmetric, open_weights, stored_layers
 
@@ -138,6 +138,23 @@ def consumers_of(plan: Plan, tp: int = 1) -> dict[str, list[str]]:
         rows = consumer.formats.get(facts.format)
         result[name] = ["format"] if rows is None else [row.code for row in rows if row.unmet(facts)]
     return result
+
+
+def unmet_by(plan: Plan, consumer: str) -> list[Refusal]:
+    """Refusals for what ``consumer`` requires and would not find in the folder that ``plan`` writes."""
+    wanted = CONSUMERS[consumer]
+    rows, offers = wanted.formats.get(plan.spec.name), f"{wanted.name} {wanted.version}"
+    if rows is None:
+        hint = f"write what it reads: --to {' or --to '.join(wanted.formats)}"
+        return [Refusal("format", "the folder", plan.target_name, f"{offers} does not read it", hint)]
+    facts, found = _plan_facts(plan, 1), []
+    for row in rows:
+        if (unmet := _compare(row, facts, "DIR")) is not None:
+            more = f" and {unmet.count - 1} more" if unmet.count > 1 else ""
+            found.append(
+                Refusal(row.code, f"{unmet.first}{more}", unmet.found, f"{offers} wants {unmet.wanted}", f"{unmet.mend} [{unmet.source}]")
+            )
+    return found
 
 
 def _plan_facts(plan: Plan, tp: int) -> FolderFacts:

@@ -116,12 +116,21 @@ ALLOW = typer.Option([], "--allow", metavar="CODE", help="A loss that may happen
 STRICT = typer.Option(False, "--strict", help="Refuse every loss, rounding of scales too.")
 SCALE_DTYPE = typer.Option(None, "--scale-dtype", metavar="keep|float16|bfloat16|float32", help="Default: what the target's loaders want.")
 SERVE_DTYPE = typer.Option(None, "--serve-dtype", metavar="float16|bfloat16", help="msmodelslim only: the dtype in which the NPU computes.")
+CONSUMER = typer.Option(
+    None,
+    "--for",
+    metavar="CONSUMER",
+    help="What will load the folder (vllm, vllm-ascend, mindie, ...): its dialect; refuse what it would not load.",
+)
 SHARD = typer.Option("5GB", "--max-shard-size", help="Largest output file.")
 JOBS = typer.Option(None, "--jobs", min=1, help="Worker threads. Default: the CPUs that may be used.")
 MEMORY = typer.Option("256MiB", "--max-memory", help="Memory that may be used over the bare interpreter's; fewer threads run if little.")
 JSON = typer.Option(False, "--json", help="Print JSON on stdout.")
 TO = typer.Option(
-    ..., "--to", metavar="FORMAT[:VARIANT]", help="awq, gptq, gptq:v1, gptq:v2, msmodelslim, dense; `weighbridge formats` lists them."
+    ...,
+    "--to",
+    metavar="FORMAT[:VARIANT]",
+    help="awq, gptq, gptq:v2, compressed-tensors, msmodelslim, dense; `weighbridge formats` lists them.",
 )
 
 
@@ -134,6 +143,7 @@ def plan(
     strict: bool = STRICT,
     scale_dtype: str | None = SCALE_DTYPE,
     serve_dtype: str | None = SERVE_DTYPE,
+    consumer: str | None = CONSUMER,
     gptq_zeros: str | None = GPTQ_ZEROS,
     max_shard_size: str = SHARD,
     jobs: int | None = JOBS,
@@ -153,6 +163,7 @@ def plan(
         scale_dtype=scale_dtype,
         max_shard_size=parse_size(max_shard_size),
         serve_dtype=serve_dtype,
+        consumer=consumer,
         gptq_zeros=gptq_zeros,
         jobs=jobs,
         max_memory=parse_size(max_memory),
@@ -200,6 +211,7 @@ def convert(
     strict: bool = STRICT,
     scale_dtype: str | None = SCALE_DTYPE,
     serve_dtype: str | None = SERVE_DTYPE,
+    consumer: str | None = CONSUMER,
     gptq_zeros: str | None = GPTQ_ZEROS,
     max_shard_size: str = SHARD,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder once the new one is whole."),
@@ -221,6 +233,7 @@ def convert(
         scale_dtype=scale_dtype,
         max_shard_size=parse_size(max_shard_size),
         serve_dtype=serve_dtype,
+        consumer=consumer,
         gptq_zeros=gptq_zeros,
         jobs=jobs,
         max_memory=parse_size(max_memory),
@@ -400,6 +413,98 @@ def doctor(
             echo("note: no layers in GPTQ's or AWQ GEMM's layout were found, so only headers and the index were examined")
     if not found.healthy:
         raise SystemExit(1)
+
+
+@app.command("serve-check", cls=Failing)
+def serve_check(
+    path: str = typer.Argument(..., metavar="DIR", help="The folder to load in an engine."),
+    against: str | None = typer.Option(
+        None, "--against", metavar="SRC", help="What it must equal once dequantized. Default: the folder itself."
+    ),
+    engine: str | None = typer.Option(
+        None,
+        "--engine",
+        metavar="ENGINE",
+        help="vllm, transformers, gptqmodel, lmdeploy, llama.cpp. Default: the first that reads the format.",
+    ),
+    python: str | None = typer.Option(
+        None, "--python", metavar="ENV", help="The engine's environment, a folder or an interpreter. Default: this one, then python3."
+    ),
+    reference_python: str | None = typer.Option(
+        None, "--reference-python", metavar="ENV", help="Where transformers and torch are. Default: the engine's environment."
+    ),
+    dtype: str | None = typer.Option(None, "--dtype", metavar="auto|float16|bfloat16|float32", help="Default: one that can be judged."),
+    device: str = typer.Option("cpu", "--device", metavar="cpu|cuda", help="For transformers and gptqmodel."),
+    prompts: str | None = typer.Option(None, "--prompts", metavar="FILE", help="A text or a JSON list of token ids on every line."),
+    tokens: int = typer.Option(16, "--tokens", min=1, help="Tokens to generate after each prompt."),
+    length: int = typer.Option(48, "--length", min=2, help="At most so many tokens of a prompt's text."),
+    threads: int | None = typer.Option(None, "--threads", min=1, help="Default: the CPUs that may be used."),
+    tp: int = typer.Option(1, "--tp", min=1, help="Ranks of tensor parallelism, in vllm and lmdeploy."),
+    timeout: float = typer.Option(3600, "--timeout", min=1, help="Seconds for the engine, and again for the reference."),
+    log: str | None = typer.Option(None, "--log", metavar="FILE", help="Keep all that the engine says."),
+    verbose: bool = typer.Option(False, "--verbose", help="Print all that the engine says on stderr."),
+    json: bool = JSON,
+) -> None:
+    """Load it in a real engine: are its log-probabilities and tokens the dequantized model's? Exit code 4 if not."""
+    import signal
+    import sys
+
+    from .serving import serve_check as function
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)  # so that the engine is ended and the temporary folder removed
+    report = function(
+        path,
+        against,
+        engine=engine,
+        python=python,
+        reference_python=reference_python,
+        dtype=dtype,
+        device=device,
+        prompts=prompts,
+        tokens=tokens,
+        length=length,
+        threads=threads,
+        tp=tp,
+        timeout=timeout,
+        log=log,
+        output=(lambda line: echo(line, err=True)) if verbose else None,
+        stage=(lambda line: echo(line, err=True)) if verbose or sys.stderr.isatty() else None,
+    )
+    if json:
+        print_json(report.to_json())
+    else:
+        _print_serving(report)
+    if not report.ok:
+        raise SystemExit(NotSameError.exit_code)
+
+
+def _print_serving(report: Any) -> None:
+    where = f"{report.engine} {report.version} on {report.device}, {report.dtype}"
+    kernels = f" ({', '.join(report.kernels)})" if report.kernels else ""
+    echo(f"{report.folder}: {report.format or 'another format'}, {report.kind} quantized; {where}{kernels}")
+    gate = report.gate
+    table = [
+        ["positions", f"{report.positions} of {report.prompts} prompts", ""],
+        ["largest difference of a log-probability", f"{report.max_difference:.3g}", _below(gate and gate.difference)],
+        ["mean KL divergence, nats", f"{report.kl:.3g}", _below(gate and gate.kl)],
+        ["same likeliest token", f"{report.top1} of {report.positions}", ""],
+        ["greedy tokens equal", f"{report.greedy_equal} of {report.greedy_tokens}", "all, or a tie" if gate and gate.greedy else ""],
+        ["prompts that part at a tie", str(report.ties), ""],
+        ["deviation of the log-probabilities", f"{report.logit_std:.3g}", ""],
+    ]
+    print_table(f"Against {report.reference}, dequantized", ["figure", "found", "wanted"], table)
+    echo(", ".join(f"{step} {seconds:.1f} s" for step, seconds in report.seconds.items()))
+    for note in report.notes:
+        echo(f"note: {note}")
+    why = f": {'; '.join(report.failed)}" if report.failed else "" if gate else ": what is quantized here, in this dtype, has no gate"
+    echo(f"{report.verdict}{why}")
+
+
+def _below(limit: float | None) -> str:
+    return "" if limit is None else f"less than {limit:g}"
 
 
 def main() -> None:

@@ -107,6 +107,7 @@ def convert(
     description: str | os.PathLike[str] | None = None,
     serve_dtype: str | None = None,
     gptq_zeros: str | None = None,
+    consumer: str | None = None,
 ) -> Result:
     """Convert checkpoint ``src`` into folder ``dst`` of format ``to``, and prove it.
 
@@ -118,6 +119,7 @@ def convert(
     decided = plan(
         src, to, base_model=base_model, allow=allow, strict=strict, scale_dtype=scale_dtype, max_shard_size=max_shard_size,
         jobs=jobs, max_memory=max_memory, description=description, serve_dtype=serve_dtype, gptq_zeros=gptq_zeros,
+        consumer=consumer,
     )  # fmt: skip
     decided.raise_if_refused()
     return run(decided, dst, overwrite=overwrite, proof=proof, progress=progress)

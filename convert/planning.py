@@ -59,6 +59,7 @@ def plan(
     description: str | os.PathLike[str] | None = None,
     serve_dtype: str | None = None,
     gptq_zeros: str | None = None,
+    consumer: str | None = None,
 ) -> Plan:
     """Decide how ``src`` becomes format ``to``; reads headers, and with ``probe`` the small tensors; writes nothing.
 
@@ -69,11 +70,20 @@ def plan(
     scale_dtype    "keep", "float16", "bfloat16", "float32"; None: what the target's loaders want
     serve_dtype    msmodelslim only: "float16" or "bfloat16", in which the NPU will compute: the dtype of per-channel scales
     gptq_zeros     "mask", "plain" or "carry": how the top lane of GPTQ v1 zero points is read; None: as the file's writer meant it
+    consumer       what will load the folder ("vllm", "vllm-ascend", "mindie", ...): its dialect of the format is written, and what it
+                   requires and would not find is refused
     max_shard_size bytes of tensor data per output file; jobs: worker threads (None: the CPUs that may be used)
     max_memory     bytes of anonymous memory that the conversion may use over the bare interpreter; fewer workers run if it is little
     raises         UsageError, UnreadableError; refusals are in the plan, not raised
     """
     spec, variant, named = find_format(to)
+    if consumer is not None:
+        from .consumers import CONSUMERS
+
+        if consumer not in CONSUMERS:
+            raise UsageError(f"--for {consumer}: there is no such consumer; there are {', '.join(CONSUMERS)}")
+        dialect = spec.variant(consumer)
+        variant, named = (dialect, True) if dialect is not None and not named else (variant, named)
     if spec.outputs is None or variant.holds is None:
         raise RefusedError(f"{spec.name}:{variant.name} can be read, but not written yet; `weighbridge formats` says what can")
     unknown = [code for code in allow if code not in LOSSES]
@@ -105,7 +115,12 @@ def plan(
             max_memory=max_memory,
             base=base,
         )
-        return planner.plan(base, max_shard_size, probe)
+        found = planner.plan(base, max_shard_size, probe)
+    if consumer is not None and not found.refusals:
+        from .checking import unmet_by
+
+        found.refusals += unmet_by(found, consumer)
+    return found
 
 
 @contextlib.contextmanager
@@ -317,6 +332,8 @@ class Planner:
         wanted = self._carrier(args.bits)
         if wanted not in holds.bits or args.element not in holds.elements:
             hint = "convert to gptq, which holds 8 bits" if wanted == 8 else "quantize to bits that it holds"
+            if args.element != "int":
+                hint = "convert to compressed-tensors, which holds FP8, or dense"
             bits = " or ".join(str(bits) for bits in holds.bits)
             self._refuse("bits", name, f"{wanted}-bit {args.element} codes", f"holds {bits}-bit {'/'.join(holds.elements)}", hint)
         elif wanted < args.bits:
@@ -331,7 +348,7 @@ class Planner:
         inputs = self._inputs(header)
         if not self.dense and (header.smoothed or (header.outer_dtype is not None and args.element != "int")):
             self._refuse("two-level", name, "a second level of scales", "has one", "choose another target, or dense")
-        if args.actorder and args.actorder not in holds.act_order:
+        if args.actorder and header.has_g_idx and args.actorder not in holds.act_order:
             hint = "convert to gptq, which carries g_idx, or dense"
             self._refuse("act-order", name, "an irregular g_idx (act order)", "has groups of consecutive inputs only", hint)
         moves, target_args, repeat = self._regroup(header, group_size if inputs is None else None)
@@ -356,10 +373,12 @@ class Planner:
     def _inputs(self, header: _Header) -> QuantArgs | None:
         """How the target quantizes the layer's inputs; dropping it is a loss."""
         kind, args = header.inputs, header.scheme.inputs
-        if kind is None or kind in self.holds.inputs:
+        if kind is None or args is None:
+            return None
+        fits = args.bits == 8 and args.element in self.holds.elements and args.strategy in {"tensor", "token"}
+        if fits and kind in self.holds.inputs:
             return args
-        assert args is not None
-        if kind == "both" and "static" in self.holds.inputs:
+        if fits and kind == "both" and "static" in self.holds.inputs:
             self.both.append(header.name)
             return replace(args, dynamic=False, strategy="tensor", symmetric=False)
         self.errors["activations-dropped"].append((1.0, header.name))
@@ -407,7 +426,8 @@ class Planner:
             moves.append("widen-codes")
         strategy: Strategy = "channel" if group_size == -1 else "group"
         size = None if group_size == -1 else group_size
-        target = replace(args, bits=carrier, strategy=strategy, group_size=size)
+        order = args.actorder if args.actorder in self.holds.act_order else None
+        target = replace(args, bits=carrier, strategy=strategy, group_size=size, actorder=order)
         return tuple(moves), target, own // wanted
 
     def _weight_dtype(self) -> str:

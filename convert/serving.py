@@ -206,6 +206,7 @@ def serve_check(
     timeout: float = 3600,
     log: str | os.PathLike[str] | None = None,
     output: Output | None = None,
+    stage: Output | None = None,
 ) -> ServeReport:
     """Load folder ``path`` in a real engine and compare what it says with the dequantized ``against`` (None: the folder itself).
 
@@ -220,6 +221,7 @@ def serve_check(
     tp                 ranks of tensor parallelism (vLLM, LMDeploy)
     timeout            seconds for the engine, and again for the reference
     log, output        a file for all that the engine says; what is called with each line of it
+    stage              what is called with a line about each step that begins
     raises             UsageError (no engine), RefusedError (none that reads the format), UnreadableError, EngineFailedError
     """
     folder = Path(os.path.abspath(path))
@@ -247,7 +249,7 @@ def serve_check(
         "threads": threads or len(os.sched_getaffinity(0)), "tp": tp,
     }  # fmt: skip
     with _temporary_folder() as place, _log(log) as file:
-        runner = _Runner(place, file, output, timeout)
+        runner = _Runner(place, file, output, stage or (lambda line: None), timeout)
         said, theirs = runner.run(environment, job)
         if said["tokenized"] is False and asked is None:
             notes.append("the folder has no tokenizer that can be loaded, so the prompts are random tokens")
@@ -255,7 +257,7 @@ def serve_check(
         if original.format == "dense":
             reference = original.location.folder
         else:
-            runner.say(f"dequantizing {original.location.folder.name}")
+            runner.stage(f"dequantizing {original.location.folder.name}")
             reference = _dequantize(original, folder if source is None else source, folder, place / "reference")
         dequantized = time.monotonic() - begin
         facts = activations_of(original if original.format != "dense" or opened is None else opened, opened)
@@ -394,35 +396,27 @@ def default_dtype(engine: str, kind: str, environment: Environment) -> str:
 def activations_of(source: Checkpoint, served: Checkpoint | None) -> dict[str, dict[str, Any]]:
     """By module, how its inputs are quantized: what ``serve_engine.quantize_inputs`` takes.
 
-    Where the source has both static scales and a mode that measures them, the served folder decides.
+    Where the source has static scales beside a mode that measures them (msModelSlim's W8A8_MIX), the served folder decides.
     """
     facts = {}
     theirs = set() if served is None else set(served.layer_names)
     for name in source.layer_names:
         layer = source.layer(name)
-        other = None if served is None or name not in theirs else served.layer(name).scheme.inputs
-        fact = _activation(layer, layer.scheme.inputs is not None and layer.scheme.inputs.dynamic if other is None else other.dynamic)
-        if fact is not None:
-            facts[name] = fact
+        if layer.scheme.inputs is None or not _simulated(layer):
+            continue
+        args = layer.scheme.inputs
+        both = args.dynamic and layer.input_scale is not None
+        other = served.layer(name).scheme.inputs if served is not None and name in theirs else None
+        dynamic = other.dynamic if both and other is not None else args.dynamic
+        fact: dict[str, Any] = {"element": args.element, "bits": args.bits, "dynamic": dynamic, "strategy": args.strategy}
+        if dynamic:
+            fact["symmetric"] = args.symmetric or both  # the zero point beside a mode that measures is the static one's
+        else:
+            fact |= {"symmetric": args.symmetric, "scale": _list(layer.input_scale), "zero_point": _list(layer.input_zero_point)}
+        if layer.input_smooth is not None:
+            fact["smooth"] = _list(layer.input_smooth)
+        facts[name] = fact
     return facts
-
-
-def _activation(layer: QuantizedLinear, dynamic: bool) -> dict[str, Any] | None:
-    inputs = layer.scheme.inputs
-    if inputs is None or not _simulated(layer):
-        return None
-    dynamic = inputs.dynamic if layer.input_scale is None else dynamic
-    fact: dict[str, Any] = {
-        "element": inputs.element, "bits": inputs.bits, "dynamic": dynamic, "symmetric": inputs.symmetric, "strategy": inputs.strategy,
-    }  # fmt: skip
-    if dynamic and not inputs.dynamic:
-        fact["strategy"], fact["symmetric"] = "token", True
-    if not dynamic:
-        fact["scale"] = _list(layer.input_scale)
-        fact["zero_point"] = _list(layer.input_zero_point)
-    if layer.input_smooth is not None:
-        fact["smooth"] = _list(layer.input_smooth)
-    return fact
 
 
 def _simulated(layer: QuantizedLinear) -> bool:
@@ -664,19 +658,15 @@ def engine_settings(job: Mapping[str, Any]) -> dict[str, str]:
 class _Runner:
     """Runs jobs one after another, each in an interpreter of its own and a process group of its own."""
 
-    def __init__(self, place: Path, log: BinaryIO | None, output: Output | None, timeout: float) -> None:
-        self.place, self.log, self.output, self.timeout = place, log, output, timeout
-
-    def say(self, line: str) -> None:
-        if self.output is not None:
-            self.output(line)
+    def __init__(self, place: Path, log: BinaryIO | None, output: Output | None, stage: Output, timeout: float) -> None:
+        self.place, self.log, self.output, self.stage, self.timeout = place, log, output, stage, timeout
 
     def run(self, environment: Environment, job: Mapping[str, Any]) -> tuple[dict[str, Any], Array]:
         """(answer, [positions, vocabulary] log-probabilities); EngineFailedError if there is none."""
         role = str(job["engine"])
         tool = "transformers" if role == "reference" else role
         name = f"{tool} {environment.version(tool)}{' (the reference)' if role == 'reference' else ''}"
-        self.say(f"{name}: loading {Path(job['model']).name} in {job['dtype']}")
+        self.stage(f"{name}: loading {Path(job['model']).name} in {job['dtype']}")
         place = self.place / role
         (place / "tmp").mkdir(parents=True)
         answer, scores, order = place / "answer.json", place / "scores.npy", place / "job.json"
@@ -728,7 +718,8 @@ class _Runner:
                 self.log.write(raw)
             line = raw.decode("utf-8", "replace").rstrip()
             lines.append(line)
-            self.say(line)
+            if self.output is not None:
+                self.output(line)
         pipe.close()
 
 

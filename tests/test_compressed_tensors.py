@@ -116,9 +116,11 @@ def said(groups: Mapping[str, Any], **more: Any) -> Config:
     }
 
 
-def changed(
-    case: str, folder: Path, tensors: Callable[[Tensors], object] | None = None, config: Callable[[Config], object] | None = None
-) -> Path:
+ChangeTensors = Callable[[Tensors], object] | None
+ChangeConfig = Callable[[Config], object] | None
+
+
+def changed(case: str, folder: Path, tensors: ChangeTensors = None, config: ChangeConfig = None) -> Path:
     """A copy of a golden after its tensors and its quantization_config have been edited in place."""
     held, document = stored(ROOT / case), json.loads((ROOT / case / "config.json").read_text())
     if tensors is not None:
@@ -583,7 +585,7 @@ WRONG_CONFIGS: dict[str, tuple[Config, str]] = {
     "groups without size": ({"config_groups": weights_of(strategy="group")}, "the strategy 'group' and the group_size None"),
     "channels with size": (
         {"config_groups": weights_of(strategy="channel", group_size=32)},
-        "the strategy 'channel' and the group_size 32",
+        "'channel' and the group_size 32",
     ),
     "group size of zero": ({"config_groups": weights_of(group_size=0)}, "group_size is '0'"),
     "blocks without extent": ({"config_groups": weights_of(strategy="block")}, "the block_structure None"),
@@ -642,25 +644,16 @@ def test_what_changes_nothing_is_read(tmp_path: Path) -> None:
     assert len(opened(folder).layer_names) == 7
 
 
-BOMBS = [r"re:(a|a)*$", r"re:(.*.*.*.*.*.*)*!", r"re:" + "(" * 12 + "a*" + ")*" * 12 + "!", r"re:(?=(.*,)*x).*"]
+BOMBS = [r"re:(a|a)*$", r"re:(.*.*.*.*.*.*)*!", "re:" + "(" * 12 + "a*" + ")*" * 12 + "!", r"re:(?=(.*,)*x).*"]
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-@pytest.mark.parametrize("place", ["targets", "ignore"])
-def test_an_expression_cannot_hang_the_reader(tmp_path: Path, bomb: str, place: str) -> None:
-    name = "a" * 20_000
-    tensors = {
-        f"{name}.weight": np.zeros((8, 8), dtype=np.int8),
-        f"{name}.weight_scale": np.ones((8, 1), dtype=np.float32),
-    }
-    groups = {"group_0": {"targets": [bomb, "Linear"] if place == "targets" else ["Linear"], "weights": {"strategy": "channel"}}}
-    folder = write(tmp_path / "bomb", tensors, said(groups, ignore=[bomb] if place == "ignore" else []))
-    started = time.monotonic()
-    try:
-        opened(folder).layer(name)
-    except UnreadableError as error:
-        assert "patterns take longer to match" in str(error) or "ignore says" in str(error)  # noqa: PT017
-    assert time.monotonic() - started < 60
+def test_an_expression_cannot_hang_the_reader(bomb: str) -> None:
+    """None of them matches; ``re`` would not live to say so."""
+    name, started = "a" * 20_000 + "b", time.monotonic()
+    assert bits_of(config_of({"a": group_of(4, bomb), "b": group_of(8, "Linear")}), name) == 8
+    assert bits_of(config_of({"a": group_of(8, "Linear")}, ignore=[bomb]), name) == 8
+    assert time.monotonic() - started < 30
 
 
 def test_a_budget_that_is_used_up_is_an_error_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -822,7 +815,7 @@ def cut(part: str, index: Any) -> Callable[[Tensors], object]:
 
 
 def as_type(part: str, dtype: Any) -> Callable[[Tensors], object]:
-    return lambda tensors: tensors.update({f"{DOWN}.{part}": tensors[f"{DOWN}.{part}"].astype(dtype)})
+    return lambda tensors: tensors.update({f"{DOWN}.{part}": (tensors[f"{DOWN}.{part}"] % 100).astype(dtype)})
 
 
 def args(**changes: Any) -> Callable[[Config], object]:
@@ -842,7 +835,7 @@ def group(**changes: Any) -> Callable[[Config], object]:
 
 
 PACKED, ASYM, STATIC, NV = "w4a16_g32_asym_fp16", "w4a16_g32_asym_fp16", "w8a8_static_asym_fp16", "nvfp4_bf16"
-CONTRADICTIONS: dict[str, tuple[str, Callable[[Tensors], object] | None, Callable[[Config], object] | None, str]] = {
+CONTRADICTIONS: dict[str, tuple[str, ChangeTensors, ChangeConfig, str]] = {
     # down_proj of the Llama is [128, 192]
     "packed words cut": (PACKED, cut("weight_packed", np.s_[:, :-1]), None, "weight_packed is [128, 23], and weight_shape says [128, 192]"),
     "packed rows cut": (PACKED, cut("weight_packed", np.s_[:-1]), None, "weight_packed is [127, 24]"),
@@ -856,7 +849,7 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Tensors], object] | None, Callabl
     "groups that do not divide": (PACKED, None, args(group_size=80), "192 inputs in groups of 80"),
     "scales cut": (PACKED, cut("weight_scale", np.s_[:-1]), None, "weight_scale is [127, 6], wanted [128, 6]"),
     "scales of integers": (PACKED, as_type("weight_scale", np.int32), None, "weight_scale I32, which no format"),
-    "zero points cut": (ASYM, cut("weight_zero_point", np.s_[:-1]), None, "weight_zero_point is I32 [15, 6], wanted int8 [128, 6] or int32"),
+    "zero points cut": (ASYM, cut("weight_zero_point", np.s_[:-1]), None, "weight_zero_point is I32 [15, 6], wanted int8"),
     "zero points of floats": (ASYM, as_type("weight_zero_point", np.float16), None, "weight_zero_point is F16"),
     "zero points gone": (ASYM, gone("weight_zero_point"), None, "weight_zero_point: is missing"),
     "packed zero points of the symmetric": (ASYM, None, args(symmetric=True), "has packed zero points, and the config says"),
@@ -957,7 +950,7 @@ def test_any_config_is_read_or_an_error_of_ours(tmp_path: Path, seed: int) -> No
             outcomes.add("read")
         except WeighbridgeError as error:
             outcomes.add(type(error).__name__)
-    assert outcomes
+    assert outcomes <= {"read", "UnreadableError", "RefusedError"}
 
 
 def values_in(document: Any, where: tuple[Any, ...] = ()) -> Iterable[tuple[Any, ...]]:

@@ -2,8 +2,7 @@
 
 ``make oracles`` (or ``nox -s compressed_tensors``) installs both and runs this; ``compressed_tensors_load.py`` says what they are asked.
 
-The expected side of W4A16 and W8A16 is ``raw_msmodelslim``; of W8A8 and W4A8 the plain products below, where the files have all
-factors. Of other sources it is Weighbridge's reader of the source, which tests/test_goldens.py holds against the tools that wrote them.
+The expected side is ``laws``, wherever it can by plain code (``raw``).
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
-from judge import FIXTURES, W4A16, W8A16, Tool, group_size, read_answer, steps
-from raw_msmodelslim import read_layers, read_safetensors, unpack_nibbles
+from judge import FIXTURES, W4A16, W8A16, Tool, read_answer
+from laws import Law, read_by_weighbridge, read_plainly
 
 from convert import convert
 from formats import open_checkpoint
-from formats.ir import QuantizedLinear, element_values, read, scale_grid
 
 pytestmark = pytest.mark.oracle
 
@@ -76,58 +74,6 @@ SOURCES = {
 GOLDENS = sorted(path.parent.name for path in (ROOT / "compressed_tensors").glob("*/golden_case.json"))
 NOT_READ = {"kv_fp8_head_fp16"}
 """Goldens without a quantized linear."""
-
-
-class Law(NamedTuple):
-    """A layer's float32 scales and its whole numbers (or float elements), both [out, in]."""
-
-    scales: np.ndarray
-    steps: np.ndarray
-    quotients: bool = False  # scales are quotients, taken in float32 whatever the weights' dtype is (NVFP4)
-
-    def rounded(self, dtype: Any) -> np.ndarray:
-        """The weights as compressed-tensors computes them: scales in ``dtype``, the product rounded once to it."""
-        scales = self.scales if self.quotients else self.scales.astype(dtype).astype(np.float32)
-        return (scales * self.steps).astype(dtype)
-
-
-def read_by_weighbridge(folder: Path) -> dict[str, Law]:
-    checkpoint = open_checkpoint(folder)
-    return {name: law_of(checkpoint.layer(name)) for name in checkpoint.layer_names}
-
-
-def law_of(layer: QuantizedLinear) -> Law:
-    block, group = layer.scheme.weights.block, layer.group_of()
-    row = np.arange(layer.shape[0]) // (block[0] if block else 1)
-    values = element_values(np.ascontiguousarray(read(layer.codes)), layer.scheme.weights.element)
-    if layer.zero_points is not None:
-        values = values - layer.grid("zero_points").astype(np.float32)[np.ix_(row, group)]
-    return Law(scale_grid(layer)[np.ix_(row, group)], values, layer.outer_divides)
-
-
-def read_plainly(folder: Path) -> dict[str, Law]:
-    """msModelSlim's types whose files have every factor of the law."""
-    (description_path,) = folder.glob("quant_model_description*.json")
-    description = json.loads(description_path.read_text("utf-8"))
-    if {"W4A16", "W8A16"} & {kind for kind in description.values() if isinstance(kind, str)}:
-        layers = read_layers(folder)
-        return {name: Law(layer.scales.T.repeat(group_size(layer), 1), steps(layer).astype(np.float32)) for name, layer in layers.items()}
-    (weights_path,) = folder.glob("*.safetensors")
-    tensors, found = read_safetensors(weights_path), {}
-    for name, codes in tensors.items():
-        layer = name.removesuffix(".weight")
-        if layer == name or codes.dtype != np.int8:
-            continue
-        if f"{layer}.weight_scale_second" in tensors and "version" in description:
-            codes = unpack_nibbles(codes, per_group=True)
-        scales = tensors[f"{layer}.weight_scale"].astype(np.float32).reshape(-1, 1)
-        assert not tensors[f"{layer}.weight_offset"].astype(np.float32).any(), layer
-        if f"{layer}.weight_scale_second" in tensors:
-            scales = scales * tensors[f"{layer}.weight_scale_second"]
-        full = np.broadcast_to(scales, (codes.shape[0], scales.shape[1])).repeat(codes.shape[1] // scales.shape[1], 1)
-        found[layer] = Law(full, codes.astype(np.float32))
-    assert found, folder
-    return found
 
 
 class Answer(NamedTuple):

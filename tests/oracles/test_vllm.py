@@ -1,0 +1,275 @@
+"""vLLM 0.32.0 runs, on the CPU, what Weighbridge writes as AWQ, GPTQ and compressed-tensors, and says what the float32 model says.
+
+``make oracles`` (or ``nox -s vllm``) installs it and runs this; ``vllm_load.py`` says what is asked and how. The reference is the law's
+weights in float32, run by transformers, with inputs rounded as the source's are. GPTQ's zero points and g_idx are not judged here:
+vLLM reads neither (tests/oracles/test_gptqmodel.py does it).
+
+W4A16 runs in float16, in which the float model itself is up to 0.03 off in a log-probability. W8A8 runs in float32 without the kernels
+for AMX, which ignore static input scales. What one pass in float32 rounds otherwise than another is an input that lies between two steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+from judge import FIXTURES, Tool, read_answer
+from laws import read_by_weighbridge, read_plainly
+from raw_msmodelslim import read_safetensors
+from safetensors.numpy import load_file, save_file
+
+from convert import convert
+from formats import open_checkpoint
+
+pytestmark = pytest.mark.oracle
+
+ROOT = FIXTURES.parent
+TINYLM = ROOT / "tinylm"
+INPUTS = json.loads((TINYLM / "inputs.json").read_text("utf-8"))
+QWEN, LLAMA = "compressed_tensors/src_qwen2_bf16", "compressed_tensors/src_llama_fp16"
+NEW_TOKENS = 16
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class Case(NamedTuple):
+    """A folder to convert: under fixtures/, or one that is made here of tinylm. to: the target.
+
+    inputs    how its linears round their inputs
+    kernel    the class of vLLM's linears' kernel, in part
+    """
+
+    source: str
+    to: str
+    base: str | None = None
+    inputs: str | None = None
+    kernel: str = ""
+
+
+WEIGHT_ONLY = {
+    "awq_asym": Case("msmodelslim/w4a16_g128_asym_fp16", "awq", "msmodelslim/src_fp16"),
+    "awq_tinylm": Case("tinylm_w4a16_asym", "awq"),
+    "gptq_sym": Case("msmodelslim/w4a16_g128_sym_bf16", "gptq", "msmodelslim/src_bf16"),
+    "gptq_channel": Case("msmodelslim/w4a16_gptq_pc_sym_fp16", "gptq", "msmodelslim/src_fp16"),
+    "gptq_tinylm": Case("tinylm_w4a16_sym", "gptq"),
+    "ct_sym": Case("msmodelslim/w4a16_ascendv1_g128_sym_bf16", "compressed-tensors", "msmodelslim/src_bf16"),
+    "ct_asym": Case("msmodelslim/w4a16_g128_asym_fp16", "compressed-tensors", "msmodelslim/src_fp16"),
+    "ct_channel": Case("msmodelslim/w4a16_pc_sym_bf16", "compressed-tensors", "msmodelslim/src_bf16"),
+    "ct_of_awq": Case("awq_gptq/awq_gemm_g128_zp", "compressed-tensors"),
+    "ct_of_gptq": Case("awq_gptq/gptqmodel_v1_4b_g128_sym", "compressed-tensors"),
+    "ct_tinylm": Case("tinylm_w4a16_asym", "compressed-tensors"),
+}
+WITH_INPUTS = {
+    "static": Case("msmodelslim_w8/w8a8_static_bf16", "compressed-tensors", QWEN, "static"),
+    "static_ascendv1": Case("msmodelslim_w8/w8a8_static_ascendv1_fp16", "compressed-tensors", LLAMA, "static"),
+    "static_numpy": Case("msmodelslim_w8/w8a8_numpy_nobias_fp16", "compressed-tensors", LLAMA, "static"),
+    "static_v1": Case("msmodelslim_w8/v1_w8a8_static", "compressed-tensors", "msmodelslim/src1l_bf16_tok", "static"),
+    "static_sparse": Case("msmodelslim_w8/w8a8s_sparse_fp16", "compressed-tensors", LLAMA, "static"),
+    "dynamic": Case("msmodelslim_w8/w8a8_dynamic_bf16", "compressed-tensors", LLAMA, "dynamic"),
+    "static_tinylm": Case("tinylm_w8a8", "compressed-tensors", None, "static"),
+    "dynamic_tinylm": Case("tinylm_w8a8_dynamic", "compressed-tensors", None, "dynamic"),
+}
+SIMULATED = {"static": "w8a8_static_bf16", "static_ascendv1": "w8a8_static_ascendv1_fp16", "dynamic": "w8a8_dynamic_bf16"}
+"""Cases of which msModelSlim's own simulation is recorded."""
+
+
+# tinylm as msModelSlim would have quantized it: round to nearest.
+
+
+def round_weights(weight: np.ndarray, bits: int, group: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(int8 codes [out, in], float32 scales, float32 offsets [out, groups]); (code - offset) * scale is the weight."""
+    top = 2 ** (bits - 1) - 1
+    parts = weight.reshape(weight.shape[0], -1, group)
+    if symmetric:
+        scales = np.abs(parts).max(axis=2) / np.float32(top)
+        offsets = np.zeros_like(scales)
+    else:
+        low, high = np.minimum(parts.min(axis=2), 0), np.maximum(parts.max(axis=2), 0)
+        scales = (high - low) / np.float32(2**bits - 1)
+        offsets = -(top + 1) - np.rint(low / scales)
+    codes = np.clip(np.rint(parts / scales[..., None] + offsets[..., None]), -top - 1, top)
+    return codes.reshape(weight.shape).astype(np.int8), scales, offsets
+
+
+def w4a16(symmetric: bool) -> Callable[[str, np.ndarray, np.ndarray | None], Iterator[tuple[str, str, np.ndarray]]]:
+    def tensors(name: str, weight: np.ndarray, bias: np.ndarray | None) -> Iterator[tuple[str, str, np.ndarray]]:
+        codes, scales, offsets = round_weights(weight, 4, 128, symmetric)
+        # float16 scales, which every target keeps: what is judged is not the rounding of scales
+        yield from (("weight", "W4A16", codes), ("weight_scale", "W4A16", scales.astype(np.float16).astype(np.float32)))
+        yield "weight_offset", "W4A16", offsets
+
+    return tensors
+
+
+def w8a8(name: str, weight: np.ndarray, bias: np.ndarray | None) -> Iterator[tuple[str, str, np.ndarray]]:
+    codes, scales, offsets = round_weights(weight, 8, weight.shape[1], symmetric=True)
+    scales, (low, high) = scales.astype(BF16), INPUTS["ranges"][name]
+    input_scale = np.asarray([(high - low) / 255], BF16)
+    input_offset = np.asarray([-128 - np.rint(low / float(input_scale[0]))], BF16)
+    deq = (scales[:, 0].astype(BF16) * input_scale).astype(BF16).astype(np.float32)
+    steps = 0.0 if bias is None else bias.astype(np.float64) / deq
+    quant_bias = np.rint(steps - codes.sum(axis=1, dtype=np.int64) * float(input_offset[0]))
+    parts = {"weight": codes, "weight_scale": scales, "weight_offset": offsets.astype(BF16), "input_scale": input_scale}
+    parts |= {"input_offset": input_offset, "deq_scale": deq, "quant_bias": quant_bias.astype(np.int32)}
+    yield from ((leaf, "W8A8", value) for leaf, value in parts.items())
+
+
+def w8a8_dynamic(name: str, weight: np.ndarray, bias: np.ndarray | None) -> Iterator[tuple[str, str, np.ndarray]]:
+    codes, scales, offsets = round_weights(weight, 8, weight.shape[1], symmetric=True)
+    parts = {"weight": codes, "weight_scale": scales.astype(BF16), "weight_offset": offsets.astype(BF16)}
+    yield from ((leaf, "W8A8_DYNAMIC", value) for leaf, value in parts.items())
+
+
+TINYLMS = {"w4a16_sym": w4a16(True), "w4a16_asym": w4a16(False), "w8a8": w8a8, "w8a8_dynamic": w8a8_dynamic}
+
+
+def quantize_tinylm(folder: Path, kind: str) -> Path:
+    """tinylm in msModelSlim's safe_tensor files, quantized by ``TINYLMS[kind]``."""
+    folder.mkdir()
+    source, tensors, types = load_file(TINYLM / "model.safetensors"), {}, {"model_quant_type": kind.upper()}
+    for tensor, value in source.items():
+        name, _, leaf = tensor.rpartition(".")
+        if leaf != "weight" or name not in INPUTS["ranges"]:
+            tensors[tensor], types[tensor] = value, "FLOAT"
+            continue
+        bias = source.get(f"{name}.bias")
+        for part, type_, made in TINYLMS[kind](name, value.astype(np.float32), bias):
+            tensors[f"{name}.{part}"], types[f"{name}.{part}"] = np.ascontiguousarray(made), type_
+    save_file(tensors, folder / f"quant_model_weight_{kind}.safetensors")
+    (folder / f"quant_model_description_{kind}.json").write_text(json.dumps(types), "utf-8")
+    for name in ("config.json", "generation_config.json"):
+        (folder / name).write_bytes((TINYLM / name).read_bytes())
+    return folder
+
+
+# The float32 reference of a source.
+
+
+def write_reference(source: Path, base: Path | None, folder: Path) -> None:
+    """The float32 model of the law's weights."""
+    folder.mkdir()
+    checkpoint = open_checkpoint(source)
+    plain = {name: np.asarray(checkpoint.plain(name).data).astype(np.float32) for name in checkpoint.plain_names}
+    laws = (read_plainly if is_plain(source) else read_by_weighbridge)(source)
+    for name in checkpoint.layer_names:
+        law, bias = laws[name], checkpoint.layer(name).bias
+        plain[f"{name}.weight"] = law.scales * law.steps
+        if bias is not None:
+            plain[f"{name}.bias"] = np.asarray(bias).astype(np.float32)
+    save_file(plain, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads(((base or source) / "config.json").read_text("utf-8"))
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+
+
+def is_plain(source: Path) -> bool:
+    """Whether plain code has all factors of the law."""
+    files = list(source.glob("quant_model_weight*.safetensors"))
+    return bool(files) and any(name.endswith(".weight_scale") for name in read_safetensors(files[0]))
+
+
+def rounded_inputs(source: Path, how: str | None) -> dict[str, Any] | None:
+    """What the reference is told of each linear's inputs."""
+    if how is None:
+        return None
+    checkpoint = open_checkpoint(source)
+    if how == "dynamic":
+        return dict.fromkeys(checkpoint.layer_names, "token")
+    found = {}
+    for name in checkpoint.layer_names:
+        layer = checkpoint.layer(name)
+        assert layer.input_scale is not None
+        zero = 0.0 if layer.input_zero_point is None else float(layer.input_zero_point.reshape(-1)[0])
+        found[name] = [float(layer.input_scale.astype(np.float32).reshape(-1)[0]), zero]
+    return found
+
+
+class Answer(NamedTuple):
+    """What vLLM and the reference say; see ``vllm_load.py``. kl: mean over positions."""
+
+    tensors: Mapping[str, np.ndarray]
+    kernels: list[str]
+    refused: str
+
+    def furthest(self) -> float:
+        return float(np.abs(self.tensors["logprobs"] - self.tensors["expected"]).max())
+
+    def kl(self) -> float:
+        said, expected = (self.tensors[name].astype(np.float64) for name in ("logprobs", "expected"))
+        return float((np.exp(expected) * (expected - said)).sum(axis=1).mean())
+
+
+def ask(tool: Tool, root: Path, cases: Mapping[str, Case], dtype: str, amx: bool) -> dict[str, Answer]:
+    """Convert every case, and run them all in one process."""
+    models = {}
+    for name, case in cases.items():
+        kind = case.source.removeprefix("tinylm_")
+        source = root / case.source if kind in TINYLMS else ROOT / case.source
+        if kind in TINYLMS and not source.exists():
+            quantize_tinylm(source, kind)
+        base = None if case.base is None else ROOT / case.base
+        convert(source, root / name, to=case.to, base_model=base)
+        write_reference(source, base, root / f"{name}_reference")
+        prompt = INPUTS["prompt"] if kind in TINYLMS else list(map(int, LOGITS["input_ids"]))
+        paths = {"folder": str(root / name), "reference": str(root / f"{name}_reference")}
+        models[name] = {**paths, "inputs": rounded_inputs(source, case.inputs), "prompt": prompt}
+    job, out = root / f"{dtype}.json", root / f"{dtype}_out"
+    job.write_text(json.dumps({"dtype": dtype, "amx": amx, "tokens": NEW_TOKENS, "models": models}), "utf-8")
+    out.mkdir()
+    tool.run("vllm_load.py", job, out)
+    found = {}
+    for name in cases:
+        tensors, metadata = read_answer(out / f"{name}.safetensors")
+        found[name] = Answer(tensors, **{key: json.loads(text) for key, text in metadata.items()})
+    return found
+
+
+LOGITS = load_file(ROOT / "msmodelslim_w8_logits.safetensors")
+
+
+@pytest.fixture(scope="module")
+def weight_only(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+    return ask(Tool("vllm"), tmp_path_factory.mktemp("weight_only"), WEIGHT_ONLY, "float16", amx=True)
+
+
+@pytest.fixture(scope="module")
+def with_inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+    return ask(Tool("vllm"), tmp_path_factory.mktemp("with_inputs"), WITH_INPUTS, "float32", amx=False)
+
+
+def expect_agreement(answer: Answer, kl: float, furthest: float) -> None:
+    """vLLM runs the model as the reference does: within bounds of its log-probabilities, and with its greedy tokens."""
+    assert answer.refused == ""
+    assert np.isfinite(answer.tensors["logprobs"]).all()
+    figures = f"KL {answer.kl():.3g}, furthest {answer.furthest():.3g}, kernels {answer.kernels}"
+    assert answer.kl() < kl, figures
+    assert answer.furthest() < furthest, figures
+    np.testing.assert_array_equal(answer.tensors["tokens"], answer.tensors["chosen"], figures)
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_vllm_runs_four_bit_weights(weight_only: dict[str, Answer], name: str) -> None:
+    expect_agreement(weight_only[name], kl=5e-5, furthest=0.06)
+
+
+@pytest.mark.parametrize("name", [name for name, case in WITH_INPUTS.items() if case.inputs == "static"])
+def test_vllm_runs_static_eight_bit_inputs(with_inputs: dict[str, Answer], name: str) -> None:
+    expect_agreement(with_inputs[name], kl=1e-6, furthest=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name, case in WITH_INPUTS.items() if case.inputs == "dynamic"])
+def test_vllm_runs_dynamic_eight_bit_inputs(with_inputs: dict[str, Answer], name: str) -> None:
+    expect_agreement(with_inputs[name], kl=1e-4, furthest=0.1)
+
+
+@pytest.mark.parametrize("name", SIMULATED)
+def test_vllm_says_what_msmodelslim_simulated(with_inputs: dict[str, Answer], name: str) -> None:
+    logits = LOGITS[SIMULATED[name]].astype(np.float64)[:-1]
+    simulated = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    answer = Answer({**with_inputs[name].tensors, "expected": simulated}, [], "")
+    assert answer.kl() < 1e-6
+    assert answer.furthest() < 1e-3
