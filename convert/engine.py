@@ -11,23 +11,22 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from formats import Checkpoint
 from formats.errors import NotSameError, UnreadableError
 from formats.layouts import expect_work
-from formats.safetensors_file import DEFAULT_SHARD_BYTES
 from formats.workspace import Workspace
 
 from .certificate import version, write_certificate
 from .folder import check_carried, write_sidecars
 from .journal import Key, TileRecord
 from .matrices import Matrix, counts_as_none
-from .memory import DEFAULT_MEMORY
+from .options import Options
 from .planning import plan
 from .proof import Comparison, Fingerprint, Found, compare_tile, join
 from .records import Loss, Plan
@@ -38,6 +37,9 @@ from .tiling import tiles_of
 from .writing import LayerWriter, PlainWriter, Writer
 
 Kind = Literal["layer", "plain"]
+if TYPE_CHECKING:
+    from .options import Unpack
+
 Progress = Callable[[int], None]
 
 
@@ -94,33 +96,22 @@ def convert(
     dst: str | os.PathLike[str],
     to: str,
     *,
-    base_model: str | os.PathLike[str] | None = None,
-    allow: Iterable[str] = (),
-    strict: bool = False,
-    scale_dtype: str | None = None,
-    max_shard_size: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
-    jobs: int | None = None,
-    max_memory: int = DEFAULT_MEMORY,
     proof: bool = True,
     progress: Progress | None = None,
-    description: str | os.PathLike[str] | None = None,
-    serve_dtype: str | None = None,
-    gptq_zeros: str | None = None,
-    consumer: str | None = None,
+    **options: Unpack[Options],
 ) -> Result:
     """Convert checkpoint ``src`` into folder ``dst`` of format ``to``, and prove it.
 
-    Options are those of ``plan``; beyond them: overwrite replaces an existing folder once the new one is whole; proof reads
-    everything back and compares it; progress is called with bytes of source done. A conversion that was interrupted is
-    finished by the same call.
+    options     ``Options``, as ``plan`` takes them
+    overwrite   replaces an existing folder once the new one is whole
+    proof       reads everything back and compares it
+    progress    is called with bytes of source done
+
+    A conversion that was interrupted is finished by the same call.
     raises  RefusedError, UnreadableError, UsageError, DestinationError, NotSameError; nothing visible is left at ``dst``
     """
-    decided = plan(
-        src, to, base_model=base_model, allow=allow, strict=strict, scale_dtype=scale_dtype, max_shard_size=max_shard_size,
-        jobs=jobs, max_memory=max_memory, description=description, serve_dtype=serve_dtype, gptq_zeros=gptq_zeros,
-        consumer=consumer,
-    )  # fmt: skip
+    decided = plan(src, to, **options)
     decided.raise_if_refused()
     return run(decided, dst, overwrite=overwrite, proof=proof, progress=progress)
 

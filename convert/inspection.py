@@ -11,7 +11,7 @@ from typing import Any
 from formats import Checkpoint, Location, open_checkpoint
 from formats.checkpoint import Finding, float_linears, zeros_reading
 
-from .planning import FUSED
+from .fitting import FUSED
 
 
 @dataclass(frozen=True, slots=True)

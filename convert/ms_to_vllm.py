@@ -20,20 +20,26 @@ from formats.errors import DestinationError, RefusedError, UsageError
 
 from .cli import echo_result
 from .engine import Progress, Result, convert, run
-from .planning import Planner, available_cpus
+from .options import Settings
+from .planning import Planner
 from .records import Plan
 from .terminal import Failing, progress_bar
+
+TOOLS = ("awq", "gptq", "compressed-tensors")
+"""What --target_tool takes; the script knew the first two."""
 
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-def plan_file(model: str | os.PathLike[str], description: str | os.PathLike[str], target_tool: str, w_bit: int | None, jobs: int) -> Plan:
+def plan_file(
+    model: str | os.PathLike[str], description: str | os.PathLike[str], target_tool: str, w_bit: int | None, jobs: int | None = None
+) -> Plan:
     """The plan of a single file as the script writes it.
 
     w_bit   None: what the description says; more than it: codes in a wider carrier (exact); less: refused
     """
-    if target_tool not in {"awq", "gptq"}:
-        raise UsageError(f"--target_tool {target_tool}: wanted awq or gptq")
+    if target_tool not in TOOLS:
+        raise UsageError(f"--target_tool {target_tool}: wanted {', '.join(TOOLS)}")
     spec, variant, _ = find_format(target_tool)
     assert variant.holds is not None
     checkpoint = open_checkpoint(model, Path(description))
@@ -45,8 +51,8 @@ def plan_file(model: str | os.PathLike[str], description: str | os.PathLike[str]
         "zero-point": "write a whole folder with --output_dir, which then is GPTQ v2",
         "allow": "use weighbridge convert, which takes --allow {code}",
     }
-    planner = Planner(checkpoint, spec, replace(variant, holds=holds), True, (), False, "keep", jobs, w_bit, hints)
-    return planner.plan(None, max_shard_size=1 << 62, probe=True)
+    settings = Settings(scale_dtype="keep", jobs=jobs, max_shard_size=1 << 62)
+    return Planner(checkpoint, spec, replace(variant, holds=holds), True, settings, bits=w_bit, hints=hints).plan(probe=True)
 
 
 def ms_to_vllm(
@@ -62,7 +68,7 @@ def ms_to_vllm(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Convert one msModelSlim weight file to AutoAWQ's or AutoGPTQ's tensors: a file, or with ``output_dir`` a folder.
+    """Convert one msModelSlim weight file to AutoAWQ's, AutoGPTQ's or compressed-tensors' tensors: a file, or with ``output_dir`` a folder.
 
     raises  RefusedError (W8A8, 8 bits to AWQ, a zero point that GPTQ v1 cannot say, ...), UnreadableError, DestinationError
     """
@@ -76,7 +82,7 @@ def ms_to_vllm(
     target = Path(os.path.abspath(save_path))
     try:
         _check_target(target, overwrite, (Path(model), Path(json)))
-        plan = plan_file(model, json, target_tool, w_bit, jobs or available_cpus())
+        plan = plan_file(model, json, target_tool, w_bit, jobs)
         plan.raise_if_refused()
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.weighbridge-", dir=target.parent) as workshop:
             folder = Path(workshop) / "folder"
@@ -115,12 +121,12 @@ def command(
     json: str = typer.Option(..., "--json", help="Its description (.json)."),
     save_path: str = typer.Option("./res.safetensors", "--save_path", help="File to write, in a folder that exists."),
     w_bit: int | None = typer.Option(None, "--w_bit", help="Bits of the weights: 4 or 8. Default: what the description says."),
-    target_tool: str = typer.Option("awq", "--target_tool", help="awq or gptq."),
+    target_tool: str = typer.Option("awq", "--target_tool", help="awq, gptq or compressed-tensors."),
     base_model: str | None = typer.Option(None, "--base_model", help="Float model's folder: config and tokenizer, for --output_dir."),
     output_dir: str | None = typer.Option(None, "--output_dir", help="Write a whole folder that loads as it is, instead of a file."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace what is there, once the new one is whole."),
 ) -> None:
-    """Convert msModelSlim W4A16 or W8A16 weights to AutoAWQ or AutoGPTQ, and prove the result."""
+    """Convert msModelSlim weights to AutoAWQ, AutoGPTQ or (W8A8 too) compressed-tensors, and prove the result."""
     if w_bit not in {None, 4, 8}:
         raise UsageError(f"--w_bit {w_bit}: wanted 4 or 8")
     with progress_bar("converting", os.path.getsize(model) if os.path.isfile(model) else None) as progress:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from .planning import FUSED
+from .fitting import FUSED
 
 Unmet = tuple[str, str]
 """(layer or file, what was found there)"""

@@ -99,8 +99,13 @@ GATES: dict[tuple[str, str], Gate] = {
     ("weights", "bfloat16"): Gate(3e-3, 0.6, greedy=False),
     ("static int8", "float32"): Gate(1e-6, 1e-3),
     ("dynamic int8", "float32"): Gate(1e-4, None),
+    ("W4A8", "float32"): Gate(1e-4, None),
+    ("fp8", "float32"): Gate(1e-4, None),
 }
-"""By what is quantized ("weights": nothing else, or nothing at all) and the engine's dtype; else there are figures and no verdict.
+"""By what is quantized and the engine's dtype; else there are figures and no verdict.
+
+"weights": integers, and no inputs, or nothing at all; "static int8", "dynamic int8": the inputs of some layers too; "W4A8": to int8,
+beside 4-bit weights; "fp8": inputs and weights in e4m3.
 
 Measured on small models with logits of standard deviation 3, in vLLM 0.32 for CPUs: 4 bits in float16 1e-5 and 0.03, of which a
 float model has most; in bfloat16 1e-3 and 0.29, and greedy tokens that part after a few; static int8 in float32 1e-8 and 5e-5;
@@ -141,7 +146,7 @@ class Environment:
 class ServeReport:
     """What ``serve_check`` found.
 
-    kind             what is quantized: "weights", "static int8", "dynamic int8", or else, for which there is no gate
+    kind             what is quantized, as ``GATES`` has it
     positions        positions of the prompts, with a full row of log-probabilities each
     max_difference   the largest difference of a log-probability; kl: mean divergence in nats; top1: positions with the same likeliest token
     logit_std        standard deviation of the reference's log-probabilities
@@ -237,15 +242,15 @@ def serve_check(
     environments = [look(one, named=python is not None) for one in _interpreters(python)]
     chosen, environment = _choose(engine, environments, folder, opened)
     referring = _reference_environment(reference_python, [environment, *environments])
-    notes = list(_notes(chosen, opened, original, given=source is not None))
     kind = kind_of(original if opened is None else opened)
+    notes = list(_notes(chosen, kind, opened, original, given=source is not None))
     computed = dtype or default_dtype(chosen, kind, environment)
     vocabulary = _vocabulary(folder, original)
     asked = read_prompts(prompts)
     job: dict[str, Any] = {
         "engine": chosen, "model": str(folder), "dtype": computed, "device": device, "prompts": list(TEXTS if asked is None else asked),
         "fallback": random_prompts(vocabulary, length) if asked is None else None, "length": length, "tokens": tokens,
-        "vocabulary": vocabulary, "cpu": environment.vllm_for_cpus, "mask_amx": kind.endswith("int8"),
+        "vocabulary": vocabulary, "cpu": environment.vllm_for_cpus, "mask_amx": "int8" in kind,
         "threads": threads or len(os.sched_getaffinity(0)), "tp": tp,
     }  # fmt: skip
     with _temporary_folder() as place, _log(log) as file:
@@ -272,7 +277,7 @@ def serve_check(
     equal, total, margins = _greedy(said["tokens"], answer["tokens"], answer["margins"])
     ties = sum(margin is not None and margin <= 2 * figures["max_difference"] for margin in margins)
     quantized_attention = bool(original.attention or (opened is not None and opened.attention))
-    gate = None if quantized_attention else GATES.get((kind, computed))
+    gate = None if quantized_attention or (chosen == "vllm" and "W4A8" in kind) else GATES.get((kind, computed))
     apart = sum(margin is not None for margin in margins) - ties
     return ServeReport(
         folder=str(path),
@@ -368,15 +373,17 @@ def _open(path: Path, needed: bool) -> Checkpoint | None:
 
 
 def kind_of(checkpoint: Checkpoint) -> str:
-    """What is quantized: "weights" only (or nothing), "static int8" or "dynamic int8" inputs too; else a name that no gate has."""
+    """What is quantized, as ``GATES`` has it; else names that no gate has."""
     kinds: Counter[str] = Counter()
     for name in checkpoint.layer_names:
         layer = checkpoint.layer(name)
         inputs, weights = layer.scheme.inputs, layer.scheme.weights
         if inputs is None:
             kinds["weights" if weights.element == "int" else weights.element] += 1
-        elif inputs.element == "int" and inputs.bits == 8 and weights.element == "int":
-            kinds["dynamic int8" if inputs.dynamic else "static int8"] += 1
+        elif inputs.element == weights.element == "int" and inputs.bits == 8:
+            kinds["W4A8" if weights.bits == 4 else "dynamic int8" if inputs.dynamic else "static int8"] += 1
+        elif inputs.element == weights.element == "e4m3" and _simulated(layer):
+            kinds["fp8"] += 1
         else:
             kinds[f"{inputs.element} inputs"] += 1
     if set(kinds) <= {"weights", "static int8", "dynamic int8"}:
@@ -432,12 +439,14 @@ def _list(array: Array | None) -> list[float] | None:
     return None if array is None else [float(value) for value in np.asarray(array, dtype=np.float32).reshape(-1)]
 
 
-def _notes(engine: str, opened: Checkpoint | None, original: Checkpoint, given: bool) -> Iterator[str]:
+def _notes(engine: str, kind: str, opened: Checkpoint | None, original: Checkpoint, given: bool) -> Iterator[str]:
     """What a reader of the figures must know."""
     if opened is None:
         yield "Weighbridge does not read the folder's format, so what is quantized in it was taken from --against"
     if engine == "vllm" and opened is not None and opened.format == "gptq":
         yield "vLLM looks at neither the zero points nor g_idx of GPTQ: wrong ones would go unnoticed; transformers and gptqmodel use them"
+    if engine == "vllm" and "W4A8" in kind:
+        yield "vLLM's kernel for W4A8 rounds group scales to bfloat16 and finds zero points for the inputs, so there is no verdict"
     if original.attention or (opened is not None and opened.attention):
         yield "the reference does not quantize the KV cache or attention, so there are figures and no verdict"
     if given and original.format == "dense" and opened is not None and opened.format != "dense":

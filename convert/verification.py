@@ -18,7 +18,7 @@ from formats.workspace import Workspace
 
 from .matrices import Matrices, Matrix, counts_as_none
 from .memory import DEFAULT_MEMORY, header_bytes, share
-from .planning import available_cpus
+from .options import available_cpus
 from .proof import Comparison, Fingerprint, Found, LeafGrid, compare_tile, digest_tile, join
 from .tiling import tiles_of
 

@@ -13,6 +13,7 @@ import pytest
 from checkpoints import BFLOAT16, FIXTURES, Array, Tensors, change_json, change_tensors, read_folder, read_tensors, weight_file
 
 from convert import convert
+from convert.options import Settings
 from convert.planning import Planner, plan
 from convert.verification import fingerprint, verify
 from formats import find_format, open_checkpoint
@@ -176,7 +177,7 @@ def test_a_zero_point_beyond_the_largest_code_is_refused_by_name() -> None:
     """Read plainly, 15 + 1 = 16: no 4-bit format can say it, dense can."""
     for target, refused in (("awq", True), ("gptq:v2", True), ("dense", False)):
         spec, variant, named = find_format(target)
-        found = Planner(opened(ASYMMETRIC, "plain"), spec, variant, named, (), False, None, 1).plan(None, 1 << 30, True)
+        found = Planner(opened(ASYMMETRIC, "plain"), spec, variant, named, Settings(jobs=1)).plan(True)
         texts = [str(refusal) for refusal in found.refusals]
         assert bool(texts) == refused
         assert not refused or (POISONED in texts[0] and "a zero point of 16" in texts[0] and "ends at 15" in texts[0])

@@ -65,7 +65,7 @@ SOURCES = {
             None: "w4a16_g128_sym_bf16 w4a16_g32_asym_fp16 w4a16_pc_asym_fp16 w4a16_sharded_fp16 w4a16_gptq_g32_actgroup_asym_fp16 "
             "w4a16_gptq_g64_actgroup_sym_bf16 w4a16_gptq_g32_actweight_sym_fp16 w8a16_g64_asym_fp16 w8a16_pc_sym_fp16",
             "static": "w8a8_static_asym_fp16 w8a8_static_sym_bf16 w8a8_tensor_static_asym_fp16 fp8_static_fp16",
-            "dynamic": "w8a8_dynamic_fp16 w8a8_dynamic_wasym_fp16 w4a8_g32_dynamic_fp16 fp8_dynamic_fp16 fp8_block_bf16",
+            "dynamic": "w8a8_dynamic_fp16 w8a8_dynamic_wasym_fp16 w4a8_g32_dynamic_fp16 fp8_dynamic_fp16",
         }.items()
         for case in cases.split()
     },

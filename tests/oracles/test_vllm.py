@@ -1,16 +1,19 @@
 """vLLM 0.32.0 runs, on the CPU, what Weighbridge writes as AWQ, GPTQ and compressed-tensors, and says what the float32 model says.
 
 ``make oracles`` (or ``nox -s vllm``) installs it and runs this; ``vllm_load.py`` says what is asked and how. The reference is the law's
-weights in float32, run by transformers, with inputs rounded as the source's are. GPTQ's zero points and g_idx are not judged here:
+float32 weights, run by transformers in float64, with inputs rounded as the source's are. GPTQ's zero points and g_idx are not judged here:
 vLLM reads neither (tests/oracles/test_gptqmodel.py does it).
 
-W4A16 runs in float16, in which the float model itself is up to 0.03 off in a log-probability. W8A8 runs in float32 without the kernels
-for AMX, which ignore static input scales. What one pass in float32 rounds otherwise than another is an input that lies between two steps.
+W4A16 runs in float16, in which the float model itself is up to 0.03 off in a log-probability. W8A8 runs in float32, without the kernels
+for AMX, which ignore static input scales. There vLLM and the reference are equal to 1e-5, until sums in another order round some input
+to the next of two steps that it lies between; from that token on they differ by as much as one step does. The reference's own
+passes in float32 and float64 do so, too.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,16 +68,20 @@ WEIGHT_ONLY = {
 }
 WITH_INPUTS = {
     "static": Case("msmodelslim_w8/w8a8_static_bf16", "compressed-tensors", QWEN, "static"),
+    "static_tensor": Case("msmodelslim_w8/w8a8_static_tensor_fp16", "compressed-tensors", LLAMA, "static"),
     "static_ascendv1": Case("msmodelslim_w8/w8a8_static_ascendv1_fp16", "compressed-tensors", LLAMA, "static"),
     "static_numpy": Case("msmodelslim_w8/w8a8_numpy_nobias_fp16", "compressed-tensors", LLAMA, "static"),
     "static_v1": Case("msmodelslim_w8/v1_w8a8_static", "compressed-tensors", "msmodelslim/src1l_bf16_tok", "static"),
     "static_sparse": Case("msmodelslim_w8/w8a8s_sparse_fp16", "compressed-tensors", LLAMA, "static"),
+    "four_bits": Case("msmodelslim_w8/w4a8_dynamic_g32_bf16", "compressed-tensors", LLAMA, "dynamic"),
     "dynamic": Case("msmodelslim_w8/w8a8_dynamic_bf16", "compressed-tensors", LLAMA, "dynamic"),
     "static_tinylm": Case("tinylm_w8a8", "compressed-tensors", None, "static"),
     "dynamic_tinylm": Case("tinylm_w8a8_dynamic", "compressed-tensors", None, "dynamic"),
 }
-SIMULATED = {"static": "w8a8_static_bf16", "static_ascendv1": "w8a8_static_ascendv1_fp16", "dynamic": "w8a8_dynamic_bf16"}
-"""Cases of which msModelSlim's own simulation is recorded."""
+SIMULATED = ("static", "static_tensor", "static_ascendv1")
+"""Cases whose source msModelSlim's own simulation was recorded of."""
+EQUAL = 1e-4
+"""Log-probabilities that differ by less differ by the order of sums alone."""
 
 
 # tinylm as msModelSlim would have quantized it: round to nearest.
@@ -189,18 +196,25 @@ def rounded_inputs(source: Path, how: str | None) -> dict[str, Any] | None:
 
 
 class Answer(NamedTuple):
-    """What vLLM and the reference say; see ``vllm_load.py``. kl: mean over positions."""
+    """What vLLM and the reference say; see ``vllm_load.py``."""
 
     tensors: Mapping[str, np.ndarray]
     kernels: list[str]
     refused: str
 
-    def furthest(self) -> float:
-        return float(np.abs(self.tensors["logprobs"] - self.tensors["expected"]).max())
+    def distances(self) -> np.ndarray:
+        """The largest difference of log-probabilities at each position of the prompt."""
+        return np.abs(self.tensors["logprobs"] - self.tensors["expected"]).max(axis=1)
 
     def kl(self) -> float:
+        """The mean over positions."""
         said, expected = (self.tensors[name].astype(np.float64) for name in ("logprobs", "expected"))
         return float((np.exp(expected) * (expected - said)).sum(axis=1).mean())
+
+    def __str__(self) -> str:
+        distances = self.distances()
+        equal = int((distances < EQUAL).argmin()) if (distances >= EQUAL).any() else distances.size
+        return f"KL {self.kl():.2g}, furthest {distances.max():.2g}, equal in the first {equal} of {distances.size}: {self.kernels}"
 
 
 def ask(tool: Tool, root: Path, cases: Mapping[str, Case], dtype: str, amx: bool) -> dict[str, Answer]:
@@ -241,35 +255,37 @@ def with_inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
     return ask(Tool("vllm"), tmp_path_factory.mktemp("with_inputs"), WITH_INPUTS, "float32", amx=False)
 
 
-def expect_agreement(answer: Answer, kl: float, furthest: float) -> None:
-    """vLLM runs the model as the reference does: within bounds of its log-probabilities, and with its greedy tokens."""
+def expect_agreement(name: str, answer: Answer, capsys: pytest.CaptureFixture[str], kl: float) -> None:
+    """vLLM runs the model with the reference's greedy tokens and nearly its log-probabilities. What was measured is printed."""
     assert answer.refused == ""
+    with capsys.disabled():
+        sys.stdout.write(f"\n{name}: {answer}\n")
     assert np.isfinite(answer.tensors["logprobs"]).all()
-    figures = f"KL {answer.kl():.3g}, furthest {answer.furthest():.3g}, kernels {answer.kernels}"
-    assert answer.kl() < kl, figures
-    assert answer.furthest() < furthest, figures
-    np.testing.assert_array_equal(answer.tensors["tokens"], answer.tensors["chosen"], figures)
+    assert answer.kl() < kl, str(answer)
+    np.testing.assert_array_equal(answer.tensors["tokens"], answer.tensors["chosen"], str(answer))
 
 
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
-def test_vllm_runs_four_bit_weights(weight_only: dict[str, Answer], name: str) -> None:
-    expect_agreement(weight_only[name], kl=5e-5, furthest=0.06)
+def test_vllm_runs_four_bit_weights(weight_only: dict[str, Answer], capsys: pytest.CaptureFixture[str], name: str) -> None:
+    answer = weight_only[name]
+    expect_agreement(name, answer, capsys, kl=5e-5)
+    assert answer.distances().max() < 0.06
 
 
-@pytest.mark.parametrize("name", [name for name, case in WITH_INPUTS.items() if case.inputs == "static"])
-def test_vllm_runs_static_eight_bit_inputs(with_inputs: dict[str, Answer], name: str) -> None:
-    expect_agreement(with_inputs[name], kl=1e-6, furthest=1e-3)
-
-
-@pytest.mark.parametrize("name", [name for name, case in WITH_INPUTS.items() if case.inputs == "dynamic"])
-def test_vllm_runs_dynamic_eight_bit_inputs(with_inputs: dict[str, Answer], name: str) -> None:
-    expect_agreement(with_inputs[name], kl=1e-4, furthest=0.1)
+@pytest.mark.parametrize("name", WITH_INPUTS)
+def test_vllm_runs_eight_bit_inputs(with_inputs: dict[str, Answer], capsys: pytest.CaptureFixture[str], name: str) -> None:
+    answer = with_inputs[name]
+    expect_agreement(name, answer, capsys, kl=1e-3)
+    assert answer.kernels == ["CompressedTensorsLinearMethod/CompressedTensorsW8A8Int8/CPUInt8ScaledMMLinearKernel"]
+    assert (answer.distances()[:10] < EQUAL).all(), str(answer)
+    if WITH_INPUTS[name].inputs == "static" and name != "static_tinylm":  # one layer: no input lies so near the middle of two steps
+        assert answer.distances().max() < 1e-3
 
 
 @pytest.mark.parametrize("name", SIMULATED)
 def test_vllm_says_what_msmodelslim_simulated(with_inputs: dict[str, Answer], name: str) -> None:
-    logits = LOGITS[SIMULATED[name]].astype(np.float64)[:-1]
+    """Of the converted folder what the tool that quantized it says of its own model."""
+    logits = LOGITS[Path(WITH_INPUTS[name].source).name].astype(np.float64)[:-1]
     simulated = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     answer = Answer({**with_inputs[name].tensors, "expected": simulated}, [], "")
-    assert answer.kl() < 1e-6
-    assert answer.furthest() < 1e-3
+    assert answer.distances().max() < EQUAL, str(answer)

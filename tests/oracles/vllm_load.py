@@ -1,4 +1,4 @@
-"""Run models in the real vLLM on the CPU, and their float32 references in transformers.
+"""Run models in the real vLLM on the CPU, and their references, in float64, in transformers.
 
     python vllm_load.py JOB OUT
 
@@ -7,12 +7,12 @@ runs all models of a job, in one dtype: {"dtype", "amx", "tokens", "models": {na
 
 amx         whether vLLM may use the kernels for AMX. Those for int8 ignore static input scales, so they are masked for them
 tokens      how many to generate after the prompt, which is a list of ids
-reference   a folder of float weights, run in float32
+reference   a folder of float32 weights, run in float64
 inputs      {linear: how the reference rounds its inputs}: "token" (int8, one scale for each token) or [scale, offset] (int8); or null
 
 For each model OUT/<name>.safetensors holds
 
-logprobs, expected     float32 [prompt - 1, vocabulary]: vLLM's and the reference's log-probabilities of the prompt's next tokens
+logprobs, expected     [prompt - 1, vocabulary]: vLLM's and the reference's log-probabilities of the prompt's next tokens
 tokens, chosen         what vLLM generates greedily, and what the reference does
 
 and as metadata, each a JSON text: ``kernels``, the classes of vLLM's quantized linears; ``refused``, the error on which vLLM ended or "".
@@ -104,11 +104,11 @@ def rounding(how: str | list[float]) -> Any:
 
 def refer(about: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What the reference says."""
-    model = AutoModelForCausalLM.from_pretrained(about["reference"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(about["reference"], dtype=torch.float64)
     for name, how in (about["inputs"] or {}).items():
         model.get_submodule(name).register_forward_pre_hook(rounding(how))
     ids = list(about["prompt"])
-    expected = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].float(), -1)
+    expected = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1], -1)
     for _ in range(JOB["tokens"]):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     return {"expected": expected, "chosen": torch.tensor(ids[len(about["prompt"]) :])}

@@ -3,8 +3,13 @@
     python record_msmodelslim_logits.py FIXTURES
 
 Run by the interpreter that has msModelSlim 26.1.0 (``nox -s msmodelslim`` builds it); it imports nothing of Weighbridge, and no test
-runs it. Each of CASES is made again by ``make_msmodelslim_w8.py``, its weight file must be the fixture's, byte for byte, and then the
-calibrated model (whose linears round weights and inputs and multiply in float) is run in float32 on the ids that are recorded too.
+runs it. Each of RECORDED is made again by ``make_msmodelslim_w8.py``, and its weight file must be the fixture's, byte for byte. Then the
+calibrated model, whose linears round weights and inputs and multiply in float, is run in float32 on the ids that are recorded too. Its
+weights are put as the file says, int8 * weight_scale: rounding the float weights anew, in float32 instead of the model's dtype,
+would give other codes.
+
+Dynamic models are not among them: the tool simulates their inputs asymmetrically, with an offset for each token, which no engine does
+(measured: exactly so, (max - min) / 255).
 """
 
 from __future__ import annotations
@@ -18,9 +23,9 @@ from typing import Any
 import torch
 from make_msmodelslim_w8 import CASES, make_case
 from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-RECORDED = ("w8a8_static_bf16", "w8a8_static_ascendv1_fp16", "w8a8_static_tensor_fp16", "w8a8_dynamic_bf16")
+RECORDED = ("w8a8_static_bf16", "w8a8_static_ascendv1_fp16", "w8a8_static_tensor_fp16")
 IDS = torch.arange(48).mul(37).add(5).remainder(128)
 
 
@@ -30,8 +35,13 @@ def main(fixtures: Path) -> None:
 
     def save_and_run(calibrator: Any, folder: str, **options: Any) -> None:
         save(calibrator, folder, **options)
+        (weights,) = Path(folder).glob("*.safetensors")
+        stored, model = load_file(weights), copy.deepcopy(calibrator.model).float()
+        for name, module in model.named_modules():
+            if f"{name}.weight_scale" in stored:
+                module.weight.data = stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"].float()
         with torch.no_grad():
-            found[Path(folder).name] = copy.deepcopy(calibrator.model).float()(IDS[None]).logits[0]
+            found[Path(folder).name] = model(IDS[None]).logits[0]
 
     Calibrator.save = save_and_run
     with tempfile.TemporaryDirectory() as folder:
