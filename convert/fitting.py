@@ -197,7 +197,8 @@ class Fitter:
         kind, args = header.inputs, header.scheme.inputs
         if kind is None or args is None:
             return None
-        fits = args.bits == 8 and args.element in self.holds.elements and args.strategy in {"tensor", "token"}
+        grouped = args.strategy == "group" and self.spec.name == self.checkpoint.format  # FP8 by blocks: only its own format says that
+        fits = args.bits == 8 and args.element in self.holds.elements and (grouped or args.strategy in {"tensor", "token"})
         if fits and kind in self.holds.inputs:
             return args
         if fits and kind == "both" and "static" in self.holds.inputs:

@@ -32,7 +32,11 @@ app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_
 
 
 def plan_file(
-    model: str | os.PathLike[str], description: str | os.PathLike[str], target_tool: str, w_bit: int | None, jobs: int | None = None
+    model: str | os.PathLike[str],
+    description: str | os.PathLike[str],
+    target_tool: str,
+    w_bit: int | None,
+    jobs: int | None = None,
 ) -> Plan:
     """The plan of a single file as the script writes it.
 

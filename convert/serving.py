@@ -315,7 +315,7 @@ def judge(gate: Gate | None, difference: float, kl: float, apart: int) -> list[s
     failed: list[str] = []
     if gate is None:
         return failed
-    if gate.kl is not None and not kl < gate.kl:
+    if gate.kl is not None and not abs(kl) < gate.kl:  # below 0 by rounding only, or if the scores are no log-probabilities
         failed.append(f"mean KL {kl:.2g}, wanted less than {gate.kl:g}")
     if gate.difference is not None and not difference < gate.difference:
         failed.append(f"a log-probability {difference:.2g} off, wanted less than {gate.difference:g}")
@@ -451,6 +451,8 @@ def _notes(engine: str, kind: str, opened: Checkpoint | None, original: Checkpoi
         yield "the reference does not quantize the KV cache or attention, so there are figures and no verdict"
     if given and original.format == "dense" and opened is not None and opened.format != "dense":
         yield "--against is a float folder: if it is not the dequantized model, the figures are those of the quantization"
+    if given and original.format != "dense" and kind_of(original) != kind:
+        yield f"--against is quantized otherwise ({kind_of(original)}) than the folder ({kind}), which shows in the figures"
     unknown = [name for name in original.layer_names if not _simulated(original.layer(name))]
     if unknown:
         yield f"the reference does not quantize the inputs of {len(unknown)} layers as they are: {unknown[0]}"

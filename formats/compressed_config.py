@@ -132,7 +132,7 @@ class CompressedConfig:
         ignore = _texts(said.get("ignore") or [], "ignore")
         self._ignored = frozenset(entry for entry in ignore if not entry.startswith("re:"))
         self._ignored_patterns = [_pattern(entry) for entry in ignore if entry.startswith("re:")]
-        self._budget = Budget()
+        self._budget = Budget(what="quantization_config")
         self._found: dict[str, Group | None] = {}
         kv_cache = said.get("kv_cache_scheme")
         if kv_cache is not None:
@@ -191,13 +191,13 @@ class CompressedConfig:
         """Whether ``ignore`` leaves the module in float."""
         if name in self._ignored or class_of(name) in self._ignored:
             return True
-        return any(self._matches(pattern, name) for pattern in self._ignored_patterns)
+        return any(pattern.matches(name, self._budget) for pattern in self._ignored_patterns)
 
     def _first(self, name: str) -> Group | None:
         if name in self._named:
             return self._named[name]
         for pattern, group in self._patterns:
-            if self._matches(pattern, name):
+            if pattern.matches(name, self._budget):
                 return group
         return self._named.get(class_of(name)) or self._only_class
 
@@ -207,12 +207,6 @@ class CompressedConfig:
         found = {group for target, group in self._named.items() if re.fullmatch(r"[A-Z]\w*", target) and group.weights is not None}
         found -= {self._named.get("Linear"), self._named.get("Embedding")}
         return found.pop() if len(found) == 1 else None
-
-    def _matches(self, pattern: Pattern, name: str) -> bool:
-        try:
-            return pattern.matches(name, self._budget)
-        except UnreadableError as error:
-            raise _about_targets(error) from None
 
 
 def class_of(name: str) -> str:
@@ -287,15 +281,7 @@ def _sharing(said: Mapping[str, Any], where: str) -> tuple[Strategy, int | None,
 
 
 def _pattern(target: str) -> Pattern:
-    try:
-        return Pattern(target.removeprefix("re:"))
-    except UnreadableError as error:
-        raise _about_targets(error) from None
-
-
-def _about_targets(error: UnreadableError) -> UnreadableError:
-    """``formats.patterns`` speaks of GPTQ's ``dynamic``."""
-    return UnreadableError(str(error).replace("dynamic", "quantization_config", 1))
+    return Pattern(target.removeprefix("re:"), "quantization_config")
 
 
 def _version(said: str | None) -> tuple[int, int] | None:

@@ -45,37 +45,21 @@ Quirks:
 
 from __future__ import annotations
 
-import functools
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from .checkpoint import Checkpoint, Finding, IntegralZeros, LeftOut, Location, Unsupported
 from .compressed_config import METHOD, CompressedConfig, Group, format_of, quantization_config
+from .compressed_layouts import FLOAT4, FLOAT8, INT8, SmallScales, as_bytes, lanes_of, packed_layout
 from .errors import UnreadableError
-from .ir import Array, ArrayLike, Extra, QuantArgs, QuantizedLinear, QuantScheme, read
-from .layouts import Axis, PackedMatrix, PackLayout
+from .ir import Array, ArrayLike, Extra, QuantArgs, QuantizedLinear, QuantScheme
+from .layouts import PackedMatrix
 from .qweight import FLOATS
 from .spec import Capabilities, FormatSpec, LayerTarget, Objection, TensorSpec, Variant
 from .stored_tensor import StoredTensor
-from .workspace import Workspace
-
-INT8 = PackLayout(bits=8, word="i1", low=-128)
-"""int-quantized: one code a byte, zero points too."""
-FLOAT8 = PackLayout(bits=8, word="u1")
-"""float-quantized and mxfp8-quantized: one bit pattern a byte."""
-FLOAT4 = PackLayout(bits=4, word="u1")
-"""nvfp4 and mxfp4: two bit patterns a byte."""
-
-
-@functools.cache
-def packed_layout(bits: int, axis: Axis = "in") -> PackLayout:
-    """pack-quantized codes, and with axis "out" zero points [out, groups]; widths that do not divide a word: from 0.18 on."""
-    return PackLayout(bits, "<i4", axis, offset=1 << (bits - 1), low=-(1 << (bits - 1)))
-
 
 PARTS = (
     "weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale",
@@ -111,74 +95,8 @@ STORAGES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Lanes:
-    """Signed codes in 32-bit words for which there is no ``PackLayout``: words with idle bits, or more of them than codes (``LazyArray``).
-
-    shape   [out, x] of what is packed; axis: along which; dense: codes lie across words
-    """
-
-    stored: ArrayLike
-    shape: tuple[int, int]
-    bits: int
-    axis: Axis
-    dense: bool
-    dtype_name: str = "i1"
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.dtype_name)
-
-    def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
-        if self.axis == "in":
-            return self._read(rows, cols, work)
-        return np.ascontiguousarray(self._read(cols, rows, work).T)
-
-    def _read(self, across: slice, along: slice, work: Workspace | None) -> Array:
-        """[across, along], where codes are packed along the second axis."""
-        code = np.arange(self.shape[1 if self.axis == "in" else 0])[along]
-        if not code.size:
-            return np.empty((len(range(*across.indices(self.shape[0 if self.axis == "in" else 1]))), 0), dtype=self.dtype)
-        lanes = 32 // self.bits
-        bit = code * self.bits if self.dense else code // lanes * 32 + code % lanes * self.bits
-        first = int(bit[0]) // 32
-        near = slice(first, (int(bit[-1]) + self.bits - 1) // 32 + 1)
-        part = read(self.stored, across, near, work) if self.axis == "in" else read(self.stored, near, across, work).T
-        codes = np.empty((part.shape[0], code.size), dtype=self.dtype)
-        word, shift = bit // 32 - first, (bit % 32).astype(np.uint64)
-        step = max(1, (1 << 16) // code.size)
-        for start in range(0, part.shape[0], step):
-            low = np.pad(part[start : start + step].astype(np.int32, copy=False).view(np.uint32).astype(np.uint64), ((0, 0), (0, 1)))
-            both = low[:, word] | low[:, word + 1] << np.uint64(32)
-            codes[start : start + step] = (both >> shift & np.uint64((1 << self.bits) - 1)).astype(np.int16) - (1 << self.bits - 1)
-        return codes
-
-
 _ONE: tuple[tuple[int, ...], ...] = ((1,), (), (1, 1))
 """Shapes in which one value is stored."""
-
-_EXPONENTS = (np.arange(256, dtype=np.uint32) << np.uint32(23)).view(np.float32)
-_EXPONENTS[0] = 2.0**-127  # the only one that is not a normal number
-_EXPONENTS = _EXPONENTS.astype(ml_dtypes.bfloat16)
-
-
-@dataclass(frozen=True, slots=True)
-class SmallScales:
-    """Scales that are stored in a byte each: MX's exponents as bfloat16, NVFP4's float8_e4m3fn as float32 (``LazyArray``)."""
-
-    stored: ArrayLike
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.stored.shape)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(ml_dtypes.bfloat16 if self.stored.dtype == np.uint8 else np.float32)
-
-    def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
-        part = read(self.stored, rows, cols, work)
-        return np.asarray(_EXPONENTS[part] if part.dtype == np.uint8 else part.astype(np.float32))
 
 
 def detect(location: Location) -> str | None:
@@ -353,12 +271,12 @@ class CompressedTensors(Checkpoint):
         if storage.dtype == "I8":
             return PackedMatrix(INT8, stored), False
         if storage.dtype == "F8_E4M3":
-            return PackedMatrix(FLOAT8, _as_bytes(stored), "u1"), False
+            return PackedMatrix(FLOAT8, as_bytes(stored), "u1"), False
         if storage.dtype == "U8":
             return PackedMatrix(FLOAT4, stored, "u1"), False
         shape, bits = self._shape(name), weights.bits
         dense = self._is_dense(name, stored.shape, shape, bits)
-        return _packed(stored, shape, bits, "in", dense, "i1"), dense
+        return lanes_of(stored, shape, bits, "in", dense, "i1"), dense
 
     def _shape(self, name: str) -> tuple[int, int]:
         info = self.tensors.get(f"{name}.weight_shape")
@@ -425,7 +343,7 @@ class CompressedTensors(Checkpoint):
             raise UnreadableError(
                 f"{name}: weight_zero_point is {info.dtype} {list(info.shape)}, wanted {wanted}; the file contradicts itself"
             )
-        return _packed(stored, grid, bits, "out", dense, "<i2")
+        return lanes_of(stored, grid, bits, "out", dense, "<i2")
 
     def _check_unstored_zeros(self, tensor: str) -> None:
         """UnreadableError if zero points of what is asymmetric may not be missing (quirk 2)."""
@@ -505,21 +423,6 @@ def _grid(args: QuantArgs, shape: tuple[int, int]) -> tuple[int, int]:
     if args.block is not None:
         return -(-shape[0] // args.block[0]), -(-shape[1] // args.block[1])
     return shape[0], 1 if args.group_size is None else shape[1] // args.group_size
-
-
-def _packed(stored: Any, shape: tuple[int, int], bits: int, axis: Axis, dense: bool, dtype: str) -> ArrayLike:
-    """Signed integers of ``shape`` out of words packed along ``axis``: by a layout where one can say it, else lane by lane."""
-    along = 1 if axis == "in" else 0
-    held, filled = divmod(32 * stored.shape[along], bits)
-    if (dense or 32 % bits == 0) and filled == 0 and (axis == "in" or held == shape[0]):
-        width = shape[1] if axis == "in" and held != shape[1] else None
-        return PackedMatrix(packed_layout(bits, axis), stored, dtype, width)
-    return Lanes(stored, shape, bits, axis, dense, dtype)
-
-
-def _as_bytes(stored: Any) -> Any:
-    """A tensor of bytes of another dtype as uint8, unread where it can be."""
-    return replace(stored, dtype=np.dtype("u1")) if isinstance(stored, StoredTensor) else stored.view(np.uint8)
 
 
 def _at_least_1d(stored: Any) -> ArrayLike:

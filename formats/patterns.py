@@ -37,15 +37,15 @@ _CASE = 2
 
 
 class Budget:
-    """Steps that are left. UnreadableError when they are used up."""
+    """Steps that are left; what: the config's key that has the patterns. UnreadableError when they are used up."""
 
-    def __init__(self, steps: int = BUDGET) -> None:
-        self._left = steps
+    def __init__(self, steps: int = BUDGET, what: str = "dynamic") -> None:
+        self.what, self._left = what, steps
 
     def spend(self, steps: int) -> None:
         self._left -= steps
         if self._left < 0:
-            raise UnreadableError("config.json: dynamic's patterns take longer to match than any real ones; correct the config")
+            raise UnreadableError(f"config.json: {self.what}'s patterns take longer to match than any real ones; correct the config")
 
 
 class _Name:
@@ -74,20 +74,21 @@ class _Name:
 
 
 class Pattern:
-    """One expression. ``matches`` says what ``bool(re.match(pattern, name))`` does."""
+    """One expression; what: the config's key that has it. ``matches`` says what ``bool(re.match(pattern, name))`` does."""
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, what: str = "dynamic") -> None:
+        self._what = what
         if len(pattern) > LONGEST:
-            raise UnreadableError(f"config.json: dynamic has a pattern of {len(pattern)} characters; {LONGEST} are more than one can need")
+            raise UnreadableError(f"config.json: {what} has a pattern of {len(pattern)} characters; {LONGEST} are more than one can need")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._parts: Any = parser.parse(pattern)
         except (re.error, ValueError, OverflowError, RecursionError) as error:
-            raise _no_expression(pattern, error) from None
+            raise _no_expression(what, pattern, error) from None
         self._ignore_case = bool(self._parts.state.flags & _CASE)
         if self._parts.state.flags & ~(_CASE | 32):  # 32 is re.UNICODE, which every text has
-            raise UnreadableError(f"config.json: dynamic's pattern {pattern[:80]!r} sets flags, which are not read; write it without")
+            raise UnreadableError(f"config.json: {what}'s pattern {pattern[:80]!r} sets flags, which are not read; write it without")
         self._pattern = pattern
         self._ways = _ways(self._parts)
         with warnings.catch_warnings():
@@ -104,7 +105,7 @@ class Pattern:
         try:
             return bool(self._walk(name, self._parts, 1, self._ignore_case))
         except RecursionError as error:
-            raise _no_expression(self._pattern, error) from None
+            raise _no_expression(self._what, self._pattern, error) from None
 
     def _walk(self, name: _Name, parts: Iterable[tuple[Any, Any]], here: int, ignore_case: bool) -> int:
         """The places reached from ``here`` by all parts, one after the other."""
@@ -121,7 +122,7 @@ class Pattern:
         if kind is codes.SUBPATTERN:
             _, added, dropped, parts = said
             if (added | dropped) & ~_CASE:
-                raise UnreadableError(f"config.json: dynamic's pattern {self._pattern[:80]!r} sets flags, which are not read")
+                raise UnreadableError(f"config.json: {self._what}'s pattern {self._pattern[:80]!r} sets flags, which are not read")
             return self._walk(name, parts, here, (ignore_case or bool(added & _CASE)) and not dropped & _CASE)
         if kind is codes.BRANCH:
             return functools.reduce(lambda places, parts: places | self._walk(name, parts, here, ignore_case), said[1], 0)
@@ -132,7 +133,7 @@ class Pattern:
             return here & self._at(name, said)
         if kind in (codes.ASSERT, codes.ASSERT_NOT) and said[0] == 1:
             return sum(bit for bit in _bits(here) if bool(self._walk(name, said[1], bit, ignore_case)) is (kind is codes.ASSERT))
-        raise UnreadableError(f"config.json: dynamic's pattern {self._pattern[:80]!r} refers back or looks behind, which is not read")
+        raise UnreadableError(f"config.json: {self._what}'s pattern {self._pattern[:80]!r} refers back or looks behind, which is not read")
 
     def _repeat(self, name: _Name, least: int, most: int, parts: Any, here: int, ignore_case: bool) -> int:
         if len(parts) == 1 and parts[0][0] in _ONE and least <= 1 and most >= name.length:
@@ -241,5 +242,5 @@ def _bits(places: int) -> Iterable[int]:
         places ^= bit
 
 
-def _no_expression(pattern: str, error: Exception) -> UnreadableError:
-    return UnreadableError(f"config.json: dynamic's pattern {pattern[:80]!r} is no regular expression ({error})")
+def _no_expression(what: str, pattern: str, error: Exception) -> UnreadableError:
+    return UnreadableError(f"config.json: {what}'s pattern {pattern[:80]!r} is no regular expression ({error})")

@@ -22,7 +22,8 @@ from checkpoints import FIXTURES, write_raw
 from formats import detect, open_checkpoint
 from formats.checkpoint import Location
 from formats.compressed_config import PRESETS, CompressedConfig
-from formats.compressed_tensors import SPEC, CompressedTensors, Lanes, objection, outputs, quantization_config
+from formats.compressed_layouts import Lanes
+from formats.compressed_tensors import SPEC, CompressedTensors, objection, outputs, quantization_config
 from formats.errors import RefusedError, UnreadableError, WeighbridgeError
 from formats.ir import QuantArgs, QuantizedLinear, QuantScheme, as_grid, dequantize, read
 from formats.layouts import PackedMatrix
