@@ -13,7 +13,7 @@ DEFAULT_MEMORY = 256 * MIB
 LIBRARIES = 62 * MIB
 """NumPy, Numba and the rest, imported and warm."""
 
-WORKER = 14 * MIB
+WORKER = 18 * MIB
 """A worker beyond what its tile holds: strips, their values, small tensors on their way."""
 
 SMALLEST_TILE = 1 * MIB

@@ -223,6 +223,7 @@ def quantize_inputs(torch: Any, x: Any, facts: dict[str, Any]) -> Any:
     """``x`` [..., in] quantized and dequantized again, in float32, as an engine's kernel does.
 
     facts   element: "int" or "e4m3"; bits; dynamic; symmetric; strategy: "tensor" or "token" (dynamic ones);
+            steps: what the largest value becomes (dynamic symmetric ones), if not the largest code;
             scale, zero_point: tensors [1] or [in] (static ones); smooth: None or [in], multiplied in before
     """
     dtype, value = x.dtype, x.float()
@@ -238,7 +239,7 @@ def quantize_inputs(torch: Any, x: Any, facts: dict[str, Any]) -> Any:
             zero = facts["zero_point"].float()
     elif facts["symmetric"]:
         largest = value.abs().amax(-1, keepdim=True) if facts["strategy"] == "token" else value.abs().amax()
-        scale = largest.clamp(min=1e-10) / high
+        scale = largest.clamp(min=1e-10) / facts.get("steps", high)
     else:
         axis = {"dim": -1, "keepdim": True} if facts["strategy"] == "token" else {}
         least, largest = value.amin(**axis), value.amax(**axis)

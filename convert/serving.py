@@ -266,6 +266,10 @@ def serve_check(
             reference = _dequantize(original, folder if source is None else source, folder, place / "reference")
         dequantized = time.monotonic() - begin
         facts = activations_of(original if original.format != "dense" or opened is None else opened, opened)
+        if chosen == "transformers" and opened is not None and opened.format == "compressed-tensors":
+            for fact in facts.values():
+                if fact["dynamic"] and fact["element"] == "int":
+                    fact["steps"] = 2 ** (fact["bits"] - 1) - 0.5
         answer, ours = runner.run(
             referring,
             {
@@ -447,6 +451,8 @@ def _notes(engine: str, kind: str, opened: Checkpoint | None, original: Checkpoi
         yield "vLLM looks at neither the zero points nor g_idx of GPTQ: wrong ones would go unnoticed; transformers and gptqmodel use them"
     if engine == "vllm" and "W4A8" in kind:
         yield "vLLM's kernel for W4A8 rounds group scales to bfloat16 and finds zero points for the inputs, so there is no verdict"
+    if engine == "transformers" and ("dynamic int8" in kind or "W4A8" in kind):
+        yield "compressed-tensors measures int8 inputs as absmax / 127.5, where vLLM has absmax / 127; the reference follows the engine"
     if original.attention or (opened is not None and opened.attention):
         yield "the reference does not quantize the KV cache or attention, so there are figures and no verdict"
     if given and original.format == "dense" and opened is not None and opened.format != "dense":
@@ -472,6 +478,13 @@ def _dequantize(original: Checkpoint, source: Path, folder: Path, place: Path) -
     """A float32 folder of ``source``, opened as ``original``. A config.json that it lacks comes from the served ``folder``."""
     from .engine import convert
 
+    if not original.layer_names:  # only its KV cache is quantized: the same weights without that
+        place.mkdir()
+        for name in original.location.names:
+            (place / name).symlink_to(original.location.folder / name)
+        (place / "config.json").unlink(missing_ok=True)
+        (place / "config.json").write_text(json.dumps(original.config), "utf-8")
+        return place
     allow = [code for code in ("activations-dropped", "kv-cache-dropped", "attention-dropped") if code in LOSSES]
     base = None if "config.json" in original.location.names else folder
     convert(source, place, "dense", base_model=base, allow=allow, scale_dtype="float32", proof=False)

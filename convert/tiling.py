@@ -18,6 +18,9 @@ from .matrices import LEAF_COLS, LEAF_ROWS, STRIP, Matrix
 PIECE = 4096
 """Bytes of a file that are worth a system call."""
 
+WIDEST = 20480
+"""Columns of a tile of what both sides store in whole rows."""
+
 MOST = 1 << 25
 """Codes of a tile: what a crash costs at most."""
 
@@ -72,7 +75,9 @@ def tile_shape(grid: tuple[int, int], sides: Sequence[Side], budget: int, scales
     else:
         wide = max(wide, area / min(high, rows))
         high = max(high, area / min(wide, cols))
-    wide = min(wide, STRIP // LEAF_ROWS)  # a strip has at least the height of a leaf
+    # A strip has at least the height of a leaf, and should fit a cache; codes in whole rows on both sides are worth more than that.
+    whole = all(not side.by_input and side.per_step <= 1 for side in sides)
+    wide = min(wide, WIDEST if whole else STRIP // LEAF_ROWS)
     return _even(rows, max(high, min(rows, area / wide)), LEAF_ROWS), _even(cols, wide, LEAF_COLS)
 
 

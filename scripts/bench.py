@@ -78,17 +78,29 @@ def bench(folder: Path, layers: int, runs: int) -> list[list[str]]:
 
 
 def bench_hub(folder: Path, layers: int, runs: int) -> list[list[str]]:
-    """awq and gptq to one another and back to msModelSlim, each against a copy of its own source."""
+    """awq and gptq to one another, to compressed-tensors and back to msModelSlim, each against a copy of its own source."""
     source = folder / "source"
     if not source.exists():
         synthetic.write(source, layers)
     table = []
-    for origin, targets in (("awq", ("gptq", "msmodelslim:ascendv1")), ("gptq", ("awq", "msmodelslim:ascendv1"))):
+    for origin, targets in (
+        ("awq", ("compressed-tensors", "gptq", "msmodelslim:ascendv1")),
+        ("gptq", ("compressed-tensors", "awq", "msmodelslim:ascendv1")),
+    ):
         place = folder / origin
         subprocess.run([*TOOL, "convert", str(source), str(place), "--to", origin, "--no-proof"], check=True, stdout=subprocess.DEVNULL)
         rows = against_copy(folder / "out", place, [(place, to) for to in targets], runs, _others(origin, place, folder / "out"))
         table += [[f"{origin}: {row[0]}", *row[1:]] for row in rows]
         shutil.rmtree(place)
+    return table
+
+
+def bench_w8a8(folder: Path, layers: int, runs: int) -> list[list[str]]:
+    """Static W8A8 from Ascend to compressed-tensors, against a copy of it."""
+    source = folder / "w8a8"
+    synthetic.write(source, layers, static=True)
+    table = against_copy(folder / "out", source, [(source, "compressed-tensors")], runs)
+    shutil.rmtree(source)
     return table
 
 
@@ -245,6 +257,8 @@ def main() -> None:
         show(f"{size}; {options.runs} runs", columns, bench(folder, options.layers, options.runs))
         if options.hub:
             show(f"The same weights from awq and gptq; {options.runs} runs", columns, bench_hub(folder, options.layers, options.runs))
+        title = f"Static W8A8 of the same shapes to compressed-tensors; {options.runs} runs"
+        show(title, columns, bench_w8a8(folder, options.layers, options.runs))
         small = ["", "seconds", "CPU seconds", "peak anonymous MiB"]
         show("Start-up", small, tiny(folder, options.runs))
         if options.plan:

@@ -40,32 +40,40 @@ def linears(layer: int) -> dict[str, tuple[int, int]]:
     }
 
 
-def write(folder: Path, layers: int, bits: int = 4, group: int = 128, embeddings: bool = False) -> int:
-    """Write the checkpoint; returns its bytes."""
+STATIC = (("input_scale", "BF16", 1), ("input_offset", "BF16", 1), ("deq_scale", "F32", 0), ("quant_bias", "I32", 0))
+"""What static W8A8 has beside per-channel weights: (part, dtype, its length; 0: as many as outputs)."""
+
+
+def write(folder: Path, layers: int, bits: int = 4, group: int = 128, embeddings: bool = False, static: bool = False) -> int:
+    """Write the checkpoint; returns its bytes. static: W8A8 as msModelSlim writes it for a model in bfloat16, without biases."""
     folder.mkdir(parents=True, exist_ok=True)
-    kind = f"W{bits}A16"
+    kind = "W8A8" if static else f"W{bits}A16"
+    bits = 8 if static else bits
     description: dict[str, str] = {"model_quant_type": kind}
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
     for layer in range(layers):
         for name, (out, in_) in linears(layer).items():
             tensors += [(f"{name}.weight", "I8", (out, in_))]
-            tensors += [(f"{name}.weight_scale", "F32", (out, in_ // group)), (f"{name}.weight_offset", "F32", (out, in_ // group))]
-            description |= {f"{name}.{part}": kind for part in ("weight", "weight_scale", "weight_offset")}
+            scales, dtype = ((out, 1), "BF16") if static else ((out, in_ // group), "F32")
+            tensors += [(f"{name}.weight_scale", dtype, scales), (f"{name}.weight_offset", dtype, scales)]
+            tensors += [(f"{name}.{part}", dtype, (length or out,)) for part, dtype, length in STATIC if static]
+            description |= {tensor: kind for tensor, *_ in tensors if tensor.startswith(name)}
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors.append((f"model.layers.{layer}.{norm}.weight", "BF16", (HIDDEN,)))
     for name in ("model.embed_tokens", "lm_head") if embeddings else ():
         tensors.append((f"{name}.weight", "BF16", (VOCABULARY, HIDDEN)))
-    description |= {name: "FLOAT" for name, dtype, _ in tensors if dtype == "BF16"}
+    description |= {name: "FLOAT" for name, *_ in tensors if name not in description}
     (file,) = lay_out(tensors, 1 << 62, single_name=f"quant_model_weight_{kind.lower()}.safetensors")
     rng = np.random.default_rng(0)
     half = 1 << (bits - 1)
     noise = rng.integers(-half, half, 1 << 24, dtype=np.int8)
     scales = rng.uniform(1e-3, 2e-2, 1 << 20).astype(np.float32)
-    ones = np.full(1 << 20, 0x3F80, dtype=np.uint16)
+    ones, deq, zeros = np.full(1 << 20, 0x3F80, dtype=np.uint16), np.ones(1 << 18, np.float32), np.zeros(1 << 18, np.float32)
     with (folder / file.name).open("wb") as handle:
         handle.write(file.header)
         for name, info in file.tensors.items():
-            source = {"I8": noise, "BF16": ones}.get(info.dtype, scales if name.endswith("scale") else np.zeros(1 << 18, np.float32))
+            source = {"I8": noise, "BF16": ones}.get(info.dtype, scales if name.endswith("weight_scale") else zeros)
+            source = zeros if name.endswith("_offset") else deq if name.endswith("deq_scale") else source
             data = memoryview(source.view(np.uint8)).cast("B")
             left = info.nbytes
             while left:
@@ -81,8 +89,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--embeddings", action="store_true")
+    parser.add_argument("--static", action="store_true", help="W8A8 instead")
     options = parser.parse_args()
-    size = write(options.folder, options.layers, options.bits, embeddings=options.embeddings)
+    size = write(options.folder, options.layers, options.bits, embeddings=options.embeddings, static=options.static)
     print(f"{size / 1e9:.2f} GB in {options.folder}")
 
 

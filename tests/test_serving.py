@@ -150,8 +150,11 @@ def test_the_source_may_lack_a_config(pretend: Pretend, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "failed"),
     [
-        ("scores = normal(logits + (role == 'vllm') * 0.1 * np.sign(logits))", ["mean KL", "a log-probability 0.1"]),
-        ("scores = normal(logits + (role == 'vllm') * 0.04 * np.sign(logits))", ["mean KL"]),
+        (
+            "scores = normal(logits + (role == 'vllm') * np.random.default_rng(2).uniform(-0.2, 0.2, logits.shape))",
+            ["mean KL", "off, wanted less than 0.06"],
+        ),
+        ("scores = normal(logits + (role == 'vllm') * np.random.default_rng(2).uniform(-0.025, 0.025, logits.shape))", ["mean KL"]),
         ("scores[5, 5] -= 0.07 * (role == 'vllm')", ["a log-probability 0.07 off"]),
         ("scores[5, 5] = np.nan if role == 'vllm' else 0", ["log-probabilities that are not finite"]),
         ("scores[0] = -np.inf", ["log-probabilities that are not finite"]),
@@ -284,15 +287,16 @@ def test_the_real_probe() -> None:
     [
         ({"vllm": "0.33", "gptqmodel": "7.6"}, AWQ, "vllm"),
         ({"gptqmodel": "7.6"}, AWQ, "gptqmodel"),
+        ({"gptqmodel": "7.6", "lmdeploy": "0.18"}, AWQ, "gptqmodel"),
         ({"vllm": "0.33", "gptqmodel": "7.6"}, FIXTURES / "awq_gptq" / "gptqmodel_v2_3b_g128", "gptqmodel"),  # vLLM has no 3 bits
-        ({"vllm": "0.33", "gptqmodel": "7.6", "transformers": "5"}, FIXTURES / "awq_gptq" / "src_qwen2", "vllm"),
+        ({"vllm": "0.33"}, FIXTURES / "awq_gptq" / "gptqmodel_v2_3b_g128", "vllm"),
+        ({"gptqmodel": "7.6", "transformers": "5"}, FIXTURES / "awq_gptq" / "src_qwen2", "transformers"),
     ],
 )
-def test_the_first_engine_that_has_nothing_against_the_folder(
-    pretend: Pretend, packages: dict[str, str], folder: Path, engine: str
-) -> None:
-    report = serve_check(folder, python=pretend(packages={"transformers": "5.0", "torch": "2", **packages}), engine=None)
-    assert report.engine == engine
+def test_the_first_engine_that_has_nothing_against_the_folder(packages: dict[str, str], folder: Path, engine: str) -> None:
+    environments = [Environment("first", {}), *(Environment(name, {name: version}) for name, version in packages.items())]
+    chosen, where = serving._choose(None, environments, folder, open_checkpoint(folder))
+    assert (chosen, where.python) == (engine, engine)
 
 
 @pytest.mark.parametrize(
@@ -395,7 +399,7 @@ def test_how_inputs_are_quantized(pretend: Pretend, tmp_path: Path, case: str, k
         assert facts == {}
         return
     assert set(facts) == set(found.layer_names)
-    assert fact.items() <= facts["model.layers.0.self_attn.q_proj"].items()
+    assert fact.items() <= facts[found.layer_names[0]].items()
 
 
 def test_static_inputs_are_judged_in_float32_without_amx(pretend: Pretend, tmp_path: Path) -> None:
@@ -403,7 +407,23 @@ def test_static_inputs_are_judged_in_float32_without_amx(pretend: Pretend, tmp_p
     assert (report.kind, report.dtype, report.verdict) == ("static int8", "float32", "the same")
     assert seen(tmp_path, "vllm")["mask_amx"]
     facts = seen(tmp_path, "reference")["activations"]
-    assert facts["model.layers.0.self_attn.q_proj"]["scale"] == [0.140625]
+    assert facts["model.layers.0.mlp.down_proj"]["scale"] == [0.140625]
+
+
+@pytest.mark.parametrize(("engine", "steps"), [("vllm", None), ("transformers", 127.5)])
+def test_the_reference_measures_inputs_as_the_engine_does(pretend: Pretend, tmp_path: Path, engine: str, steps: float | None) -> None:
+    serve_check(CT / "w8a8_dynamic_fp16", python=pretend(), engine=engine)
+    facts = seen(tmp_path, "reference")["activations"]
+    assert {fact.get("steps") for fact in facts.values()} == {steps}
+
+
+def test_a_folder_of_which_only_the_cache_is_quantized(pretend: Pretend, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    serve_check(
+        CT / "kv_fp8_head_fp16", python=pretend(body=f"if role == 'reference': import shutil; shutil.copytree(job['model'], {str(kept)!r})")
+    )
+    assert "quantization_config" not in json.loads((kept / "config.json").read_text())
+    assert (kept / "model.safetensors").read_bytes() == (CT / "kv_fp8_head_fp16" / "model.safetensors").read_bytes()
 
 
 def test_what_is_not_simulated_has_no_verdict(pretend: Pretend) -> None:

@@ -8,7 +8,8 @@ runs all models of a job, in one dtype: {"dtype", "amx", "tokens", "models": {na
 amx         whether vLLM may use the kernels for AMX. Those for int8 ignore static input scales, so they are masked for them
 tokens      how many to generate after the prompt, which is a list of ids
 reference   a folder of float32 weights, run in float64
-inputs      {linear: how the reference rounds its inputs}: "token" (int8, one scale for each token) or [scale, offset] (int8); or null
+inputs      {linear: how the reference rounds its inputs to int8}, or null: "token" (a scale for each token), "asymmetric" (a scale and
+            an offset for each, as torch's _dyn_quant_matmul_4bit finds them), or [scale, offset]
 
 For each model OUT/<name>.safetensors holds
 
@@ -96,7 +97,15 @@ def rounding(how: str | list[float]) -> Any:
 
     def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         (x,) = inputs
-        scale, offset = (x.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 127, 0.0) if how == "token" else how
+        if how == "token":
+            scale, offset = x.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 127, 0.0
+        elif how == "asymmetric":
+            low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+            scale = (high - low) / 255
+            nearer = (high + low) / scale > 1  # the end of the range whose rounding is the smaller
+            offset = torch.where(nearer, -128 - low / scale, 127 - high / scale).clamp(-128, 127).round()
+        else:
+            scale, offset = how
         return (((x / scale).round().add(offset).clamp(-128, 127) - offset) * scale,)
 
     return hook

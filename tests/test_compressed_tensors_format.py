@@ -658,7 +658,7 @@ def test_an_expression_cannot_hang_the_reader(bomb: str) -> None:
 
 
 def test_a_budget_that_is_used_up_is_an_error_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("formats.patterns.Budget.__init__.__defaults__", (10,))
+    monkeypatch.setattr("formats.patterns.Budget.__init__.__defaults__", (10, "quantization_config"))
     config = config_of({"a": group_of(4, "re:x.*y")})
     with pytest.raises(UnreadableError, match="quantization_config's patterns take longer"):
         [config.find(f"x{number}") for number in range(10)]
