@@ -227,7 +227,7 @@ class Planner:
         self._check_container(header)
         inputs = zero_range(header.input_zero_point) == (0, 0)
         differs = contradiction(header) if "deq_scale" in header.extras else 0.0
-        steps = bias_error(header) if "quant_bias" in dict(plan.target.derived) and "quant_bias" not in header.extras else 0.0
+        steps = bias_error(header) if plan.target.derived and plan.derives_anew(header) else 0.0
         return plan.target.name, Facts(low + half, high + half, low == high == 0, scale, bias, inputs, differs, steps)
 
     def _check_container(self, header: QuantizedLinear) -> None:

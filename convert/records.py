@@ -7,13 +7,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import xxhash
 
 from formats import Checkpoint
 from formats.checkpoint import Location
 from formats.errors import RefusedError
-from formats.ir import QuantScheme
-from formats.safetensors_file import OutputFile
+from formats.ir import QuantizedLinear, QuantScheme
+from formats.safetensors_file import NAMES, OutputFile
 from formats.spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
 from .memory import Memory
@@ -76,6 +77,14 @@ class LayerPlan:
     moves: tuple[str, ...]
     repeat: int = 1
     requantized: bool = False
+
+    def derives_anew(self, layer: QuantizedLinear) -> bool:
+        """Whether deq_scale and quant_bias are made, rather than carried: the source has none, or for other scales."""
+        target = self.target
+        if target.input_dtype is None or layer.input_scale is None:
+            return False
+        same = NAMES[layer.input_scale.dtype] == target.input_dtype and NAMES[np.dtype(layer.scales.dtype)] == target.scale_dtype
+        return not (same and {"deq_scale", "quant_bias"} <= set(layer.extras)) or self.requantized
 
     @property
     def merged(self) -> bool:

@@ -301,9 +301,9 @@ def vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec) -> Array:
     elif spec.part == "outer_zeros":
         found = np.zeros(spec.shape)
     elif spec.part == "deq_scale":
-        found = derived.encode_deq_scale(derived.deq_scale(layer), spec.dtype)
+        found = derived.encode_deq_scale(derived.deq_scale(_as_stored(layer, plan)), spec.dtype)
     elif spec.part == "quant_bias":
-        found = derived.quant_bias(layer)
+        found = derived.quant_bias(_as_stored(layer, plan))
     elif spec.part == "scale_bias":
         found = derived.scale_bias(layer, spec.shape[1])
     if found is not None:
@@ -311,6 +311,16 @@ def vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec) -> Array:
     stored = {"bias": layer.bias, "input_scale": layer.input_scale, "outer": layer.outer}[spec.part]
     assert stored is not None
     return cast(read(stored), dtype)
+
+
+def _as_stored(layer: QuantizedLinear, plan: LayerPlan) -> QuantizedLinear:
+    """The layer with the scales that the target stores: what follows from rounded ones is not what the source kept."""
+    if not plan.derives_anew(layer):
+        return layer
+    assert layer.input_scale is not None
+    scales = cast(layer.grid("scales"), DTYPES[plan.target.scale_dtype])
+    input_scale = cast(layer.input_scale, DTYPES[str(plan.target.input_dtype)])
+    return replace(layer, scales=scales, input_scale=input_scale, extras={})
 
 
 def cast(values: Array, dtype: np.dtype[Any]) -> Array:
