@@ -5,9 +5,13 @@ A requirement is a predicate over facts that says where it is not met and what w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from formats.compressed_config import CompressedConfig, is_embedding
+from formats.ir import QuantScheme
 
 from .fitting import FUSED
 
@@ -22,6 +26,10 @@ class LayerFacts:
     type            msModelSlim's type ("W8A16"), else ""
     one_scale       its group is the whole tensor
     wrong_version   GPTQ: every zero point is the middle code of the version that the config does not say
+    scheme          how weights and inputs are quantized; None where only stored shapes were looked at (GPTQ, AWQ)
+    inputs          "static", "dynamic", "both"; "": they are not quantized
+    input_scale     static scale of the inputs, and their zero point
+    deq_dtype       msModelSlim: dtype of deq_scale; "": there is none
     """
 
     name: str
@@ -36,10 +44,24 @@ class LayerFacts:
     type: str = ""
     wrong_version: bool = False
     one_scale: bool = False
+    scheme: QuantScheme | None = None
+    inputs: str = ""
+    input_scale: tuple[float, ...] = ()
+    deq_dtype: str = ""
 
     @property
     def leaf(self) -> str:
         return self.name.rpartition(".")[2]
+
+    @property
+    def element(self) -> str:
+        """What a code of the weights means."""
+        return "int" if self.scheme is None else self.scheme.weights.element
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether it has integer codes, and inputs in float."""
+        return self.element == "int" and not self.inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +70,7 @@ class FolderFacts:
 
     configs        JSON objects by name: "config.json" (whole), "quantization_config" (in it), "quantize_config.json", "quant_config.json"
     files          names of the weight files; names: of everything in the folder
-    floats         linears in blocks that are left in float
+    floats         linears in blocks that are left in float; others: modules outside of the blocks with a float matrix
     undescribed    msModelSlim: linears that the description does not name
     """
 
@@ -61,6 +83,19 @@ class FolderFacts:
     floats: tuple[str, ...] = ()
     undescribed: tuple[str, ...] = ()
     tp: int = 1
+    others: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> Mapping[str, Any]:
+        """config.json's quantization_config, or {}."""
+        return self.configs.get("quantization_config", {})
+
+    @property
+    def model_dtype(self) -> str | None:
+        """The dtype that config.json says, by torch's name; None if it leaves it open."""
+        config = self.configs.get("config.json", {})
+        dtype = config.get("dtype", config.get("torch_dtype"))
+        return None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +115,11 @@ class Requirement:
 
 Where = Literal["quantization_config", "quantize_config.json", "quant_config.json", "config.json"]
 
-TO_GPTQ, TO_AWQ, TO_DENSE = (f"weighbridge convert {{dir}} OUT --to {name}" for name in ("gptq", "awq", "dense"))
+TO_GPTQ, TO_AWQ, TO_DENSE, TO_COMPRESSED = (
+    f"weighbridge convert {{dir}} OUT --to {name}" for name in ("gptq", "awq", "dense", "compressed-tensors")
+)
+FOR_VLLM_ASCEND = "weighbridge convert {dir} OUT --to msmodelslim --for vllm-ascend"
+FOR_MINDIE = "weighbridge convert {dir} OUT --to msmodelslim --for mindie"
 DOCTOR = "weighbridge doctor {dir} --fix OUT"
 REQUANTIZE = "quantize again with a scheme that it takes, or: " + TO_DENSE
 
@@ -154,6 +193,18 @@ def scales(allowed: Iterable[str], source: str) -> Requirement:
     return Requirement("scale-dtype", wrong, f"scales in {' or '.join(fits)}", mend, source)
 
 
+def scales_of_model(source: str) -> Requirement:
+    """Scales are in the model's dtype, or in half precision: float32 ones would be rounded where the model is not float32."""
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        if facts.model_dtype == "float32":
+            return []
+        return [(layer.name, layer.scale_dtype) for layer in facts.layers if layer.element == "int" and layer.scale_dtype == "F32"]
+
+    mend = "weighbridge convert {dir} OUT --to {format} --scale-dtype bfloat16, or float16: rounded before the proof, and measured"
+    return Requirement("scale-dtype", unmet, "scales in the model's dtype", mend, source)
+
+
 def multiple(out: int, in_: int, source: str) -> Requirement:
     """[out, in] of every layer, and of every rank's part of it, are multiples."""
 
@@ -207,11 +258,13 @@ def whole_groups(source: str) -> Requirement:
     return Requirement("tensor-parallel", unmet, "whole groups of inputs on each rank", mend, source)
 
 
-def fused_alike(source: str) -> Requirement:
-    """q/k/v and gate/up are all quantized alike, or all float."""
+def fused_alike(source: str, exactly: bool = False) -> Requirement:
+    """q/k/v and gate/up are all quantized alike, or all float; exactly: to every argument of the scheme."""
 
     def unmet(facts: FolderFacts) -> list[Unmet]:
-        schemes: dict[str, object] = {layer.name: (layer.bits, layer.group_size, layer.type) for layer in facts.layers}
+        schemes: dict[str, object] = {
+            layer.name: (layer.bits, layer.group_size, layer.type, layer.scheme if exactly else layer.inputs) for layer in facts.layers
+        }
         schemes |= dict.fromkeys(facts.floats, "float")
         found = []
         for layer in facts.layers:
@@ -341,11 +394,64 @@ def file_named(name: str, source: str, mend: str) -> Requirement:
     )
 
 
-def scales_of_w8a16(layer: LayerFacts) -> str | None:
-    """What a W8A16 layer has that is not one scale per channel."""
-    if layer.type != "W8A16" or not (layer.one_scale or layer.group_size > 0):
+PER_CHANNEL = frozenset({"W8A16", "W8A8", "W8A8_DYNAMIC", "W8A8_MIX"})
+"""Types whose scales vllm-ascend holds as [N, 1]."""
+
+
+def not_per_channel(layer: LayerFacts) -> str | None:
+    """What a layer of ``PER_CHANNEL`` has that is not one scale per channel."""
+    if layer.type not in PER_CHANNEL or not (layer.one_scale or layer.group_size > 0):
         return None
     return "one scale" if layer.one_scale else f"groups of {layer.group_size}"
+
+
+def deq_scales(source: str) -> Requirement:
+    """msModelSlim: deq_scale is stored as the engine holds it, float32 for bfloat16 models, int64 for float16 ones."""
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        wanted = {"bfloat16": "F32", "float16": "I64"}.get(facts.model_dtype or "")
+        if facts.model_dtype is None:
+            return []
+        found = [(layer, f"{layer.deq_dtype} in a model of {facts.model_dtype}") for layer in facts.layers if layer.deq_dtype]
+        return [(layer.name, found) for layer, found in found if layer.deq_dtype != wanted]
+
+    mend = "serve it in the other dtype (--dtype), or: " + FOR_VLLM_ASCEND + " --serve-dtype float16, or bfloat16"
+    return Requirement("deq-scale", unmet, "deq_scale in float32 for bfloat16, in int64 for float16", mend, source)
+
+
+def says_quantize(source: str) -> Requirement:
+    """MindIE: config.json's ``quantize`` names the description's file, unless that has the name that is looked for first."""
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        quantize = facts.configs.get("config.json", {}).get("quantize")
+        if "quant_model_description.json" in facts.names:
+            return []
+        if quantize is None:
+            return [("config.json", "no quantize")]
+        name = f"quant_model_description_{str(quantize).lower()}.json"
+        return [] if name in facts.names else [("the folder", f"no {name}")]
+
+    wanted = "quant_model_description.json, or config.json's quantize and quant_model_description_<quantize>.json"
+    return Requirement("config-keys", unmet, wanted, FOR_MINDIE, source)
+
+
+def says_group_size(allowed: Iterable[int], source: str) -> Requirement:
+    """MindIE: groups are of one of ``allowed`` sizes (0: none), and config.json says which, unless the description does."""
+    fits = frozenset(allowed)
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        said = facts.said.get("group_size")
+        odd = [] if said is None or said in fits else [("quantization_config", f"group_size {said!r}")]
+        grouped = [layer for layer in facts.layers if layer.group_size > 0]
+        odd += [(layer.name, f"groups of {layer.group_size}") for layer in grouped if layer.group_size not in fits]
+        if not odd and said is None and grouped and "quant_model_description.json" not in facts.names:
+            return [("quantization_config", "no group_size")]
+        if said is not None:
+            odd += [(layer.name, f"groups of {layer.group_size}, not {said}") for layer in grouped if layer.group_size != said]
+        return odd
+
+    wanted = f"groups of {', '.join(str(size) for size in sorted(fits) if size)}, and their size in quantization_config"
+    return Requirement("group-size", unmet, wanted, FOR_MINDIE + ", or quantize again with such groups", source)
 
 
 def described(source: str) -> Requirement:
@@ -390,9 +496,7 @@ def half_precision(source: str) -> Requirement:
     """config.json's dtype is a half-precision one, or left out."""
 
     def unmet(facts: FolderFacts) -> list[Unmet]:
-        config = facts.configs.get("config.json", {})
-        dtype = config.get("dtype", config.get("torch_dtype"))
-        return [] if dtype in (None, "auto", "float16", "bfloat16") else [("config.json", f"dtype {dtype}")]
+        return [] if facts.model_dtype in (None, "float16", "bfloat16") else [("config.json", f"dtype {facts.model_dtype}")]
 
     return Requirement(
         "model-dtype", unmet, "dtype float16 or bfloat16", "serve it with --dtype float16, or write it into config.json", source
@@ -403,3 +507,160 @@ def only_in(variants: Iterable[str], requirement: Requirement) -> Requirement:
     """``requirement`` of some variants of the format; others are free of it."""
     fits = frozenset(variants)
     return replace(requirement, unmet=lambda facts: requirement.unmet(facts) if facts.variant in fits else [])
+
+
+def of(which: Callable[[LayerFacts], bool], requirement: Requirement) -> Requirement:
+    """``requirement`` of some layers only; nothing is required of a folder without any of them."""
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        layers = tuple(layer for layer in facts.layers if which(layer))
+        return requirement.unmet(replace(facts, layers=layers)) if layers else []
+
+    return replace(requirement, unmet=unmet)
+
+
+# --- compressed-tensors -------------------------------------------------------------------------------------------------
+
+
+def known_scheme(name: str, objection: Callable[[LayerFacts], str | None], wanted: str, source: str, mend: str = "") -> Requirement:
+    """A loader has a class for every layer's weights and inputs together; ``objection`` says why it has none."""
+    return Requirement(name, by_layer(objection), wanted, mend or REQUANTIZE, source)
+
+
+def symmetric_with_inputs(source: str) -> Requirement:
+    """Integer weights are symmetric where inputs are quantized, by what the file says."""
+
+    def wrong(layer: LayerFacts) -> str | None:
+        return "zero points" if layer.inputs and layer.scheme is not None and not layer.scheme.weights.symmetric else None
+
+    mend = "quantize again with symmetric weights, or: " + TO_DENSE
+    return Requirement("symmetric", by_layer(wrong), "symmetric weights where inputs are quantized", mend, source)
+
+
+def no_group_order(source: str) -> Requirement:
+    """No group of config_groups has the actorder "group"."""
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        found = []
+        for name, group in _objects(facts.said.get("config_groups")):
+            order = _object(group.get("weights")).get("actorder")
+            if order is True or (isinstance(order, str) and order.lower() in {"group", "dynamic"}):
+                found.append((f"config_groups.{name}", f"actorder {order!r}"))
+        return found
+
+    mend = "quantize again with actorder 'weight' or without, or: " + TO_DENSE
+    return Requirement("act-order", unmet, "no actorder 'group'", mend, source)
+
+
+def floats_ignored(source: str, head: bool = False) -> Requirement:
+    """``ignore`` names every linear in float, or no target matches it; head: lm_head and what else is outside of the blocks too."""
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        config, quantized = CompressedConfig(facts.said), {layer.name for layer in facts.layers}
+        names = [*facts.floats, *(name for name in (*facts.others, "lm_head") if head and not is_embedding(name))]
+        groups = ((name, config.find(name)) for name in dict.fromkeys(names) if name not in quantized)
+        return [(name, "float, but not in ignore") for name, group in groups if group is not None and group.weights is not None]
+
+    return Requirement("ignore", unmet, "every float linear in ignore", TO_COMPRESSED + ", which lists them", source)
+
+
+def whole_blocks(source: str) -> Requirement:
+    """Blocks of outputs do not lie across what is fused, or across ranks; blocks of inputs not across ranks."""
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        found = []
+        last = {fused[-1] for fused in FUSED}
+        merged = {leaf for fused in FUSED for leaf in fused}
+        for layer in facts.layers:
+            block = None if layer.scheme is None else layer.scheme.weights.block
+            if block is None:
+                continue
+            rows, columns = part_of(layer, facts)
+            split = facts.tp > 1 and layer.leaf not in ROW_PARALLEL
+            cut = rows % block[0] and (split or (layer.leaf in merged and layer.leaf not in last))
+            if cut or (facts.tp > 1 and layer.leaf in ROW_PARALLEL and columns % block[1]):
+                found.append((layer.name, f"a part of {[rows, columns]} in blocks of {list(block)}"))
+        return found
+
+    mend = "use fewer ranks, or leave this linear and those fused with it in float, or: " + TO_DENSE
+    return Requirement("blocks", unmet, "whole blocks in each part of fused and split linears", mend, source)
+
+
+def one_input_scale(source: str) -> Requirement:
+    """Linears that are fused have one static scale and zero point of their inputs, which are the same inputs."""
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        scales = {layer.name: layer.input_scale for layer in facts.layers if layer.input_scale}
+        found = []
+        for name, scale in scales.items():
+            parent, _, leaf = name.rpartition(".")
+            siblings = (f"{parent}.{other}" for fused in FUSED if leaf in fused for other in fused)
+            odd = next((sibling for sibling in siblings if scales.get(sibling, scale) != scale), None)
+            if odd is not None:
+                found.append((name, f"{scale[0]:.6g}, and {odd.rpartition('.')[2]} has {scales[odd][0]:.6g}"))
+        return found
+
+    mend = "quantize again with one scale for what is fused, or: weighbridge convert {dir} OUT --to dense --allow activations-dropped"
+    return Requirement("input-scale", unmet, "one input_scale, and one zero point, for q/k/v, and for gate/up", mend, source)
+
+
+def kv_cache_in(strategies: Iterable[str], source: str) -> Requirement:
+    """A quantized KV cache is of symmetric 8-bit floats, with scales per one of ``strategies``."""
+    fits = tuple(strategies)
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        said = facts.said.get("kv_cache_scheme")
+        if said is None:
+            return []
+        scheme = _object(said)
+        known = scheme.get("type") == "float" and scheme.get("num_bits") == 8 and scheme.get("symmetric") is True
+        if known and scheme.get("strategy") in fits:
+            return []
+        sign = "symmetric" if scheme.get("symmetric") else "asymmetric"
+        return [("kv_cache_scheme", f"{scheme.get('num_bits')}-bit {scheme.get('type')}, {sign}, per {scheme.get('strategy')}")]
+
+    mend = 'write "kv_cache_scheme": null into config.json: the cache will be kept in float'
+    return Requirement("kv-cache", unmet, f"a KV cache of symmetric 8-bit floats per {' or '.join(fits)}, or none", mend, source)
+
+
+def formats_said(source: str) -> Requirement:
+    """Every group has a format, its own or that of the whole."""
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        whole = facts.said.get("format")
+        whole = None if whole == "mixed-precision" else whole
+        groups = _objects(facts.said.get("config_groups"))
+        return [(f"config_groups.{name}", "no format") for name, group in groups if group.get("format", whole) is None]
+
+    return Requirement("format-said", unmet, "a format for every group of config_groups", TO_COMPRESSED, source)
+
+
+def packed_as_now(source: str) -> Requirement:
+    """Words are packed as the tool has packed them since 0.18, and zero points too (since 0.9.4)."""
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        version = str(facts.said.get("version", ""))
+        parts = [int(part) for part in re.findall(r"\d{1,6}", version)[:3]]
+        if not parts:
+            return []
+        found = []
+        for layer in facts.layers:
+            if "weight_packed" not in layer.parts or layer.element != "int":
+                continue
+            if parts < [0, 18] and 32 % layer.bits:
+                found.append((layer.name, f"{layer.bits}-bit codes in words of {version}"))
+            elif parts < [0, 9, 4] and "weight_zero_point" in layer.parts and not layer.one_scale:
+                found.append((layer.name, f"zero points as {version} stored them"))
+        return found
+
+    mend = "4- and 8-bit codes: " + TO_COMPRESSED + "; others: " + TO_DENSE
+    return Requirement("packing", unmet, "words as they are packed since 0.18, zero points as since 0.9.4", mend, source)
+
+
+def _object(found: Any) -> Mapping[str, Any]:
+    return found if isinstance(found, dict) else {}
+
+
+def _objects(found: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """The entries of a JSON object that are objects themselves."""
+    return [(name, entry) for name, entry in _object(found).items() if isinstance(entry, dict)]

@@ -44,6 +44,12 @@ ENGINES: dict[str, tuple[str, ...]] = {
     "llama.cpp": ("llama-cpp-python",),
 }
 """Engines by preference, with the distributions that hold them."""
+BESIDE = {
+    ("transformers", "awq"): ("gptqmodel", "autoawq"),
+    ("transformers", "gptq"): ("gptqmodel", "auto-gptq"),
+    ("transformers", "compressed-tensors"): ("compressed-tensors",),
+}
+"""Distributions of which an engine needs one for a format."""
 BINARIES = ("llama-cli", "llama-server")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 SCRIPT = Path(__file__).with_name("serve_engine.py")
@@ -132,6 +138,11 @@ class Environment:
     def version(self, engine: str) -> str | None:
         """The version of ``engine`` there, or None."""
         return next((self.packages[name] for name in ENGINES[engine] if name in self.packages), None)
+
+    def runs(self, engine: str, format: str) -> bool:
+        """Whether ``engine`` is there, and what it needs for ``format``."""
+        beside = BESIDE.get((engine, format), ())
+        return self.version(engine) is not None and (not beside or any(name in self.packages for name in beside))
 
     @property
     def vllm_for_cpus(self) -> bool:
@@ -562,10 +573,10 @@ def _interpreters(python: str | os.PathLike[str] | None) -> list[str]:
 
 def look(python: str, named: bool = False) -> Environment:
     """Ask an interpreter for the versions of what it has, without importing any. named: UsageError if it does not answer."""
-    names = [name for distributions in ENGINES.values() for name in distributions]
+    names = sorted({name for distributions in (*ENGINES.values(), *BESIDE.values()) for name in distributions})
     try:
         with tempfile.TemporaryDirectory(prefix="weighbridge-") as empty:
-            command = [python, "-c", PROBE, *names, "torch", "compressed-tensors"]
+            command = [python, "-c", PROBE, *names, "torch"]
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=60, cwd=empty, env=_environment(Path(empty))
             )
@@ -592,15 +603,18 @@ def _choose(engine: str | None, environments: list[Environment], folder: Path, o
                 f"{folder.name}: {engine} reads {held}, not {format}; `weighbridge check {folder.name} --for {engine}` says more"
             )
         return engine, where
-    able = [(name, one) for name in ENGINES for one in environments if one.version(name) and name != "llama.cpp" and _reads(name, format)]
+    able = [
+        (name, one) for name in ENGINES for one in environments if one.runs(name, format) and name != "llama.cpp" and _reads(name, format)
+    ]
     if not able:
         readers = [name for name in ENGINES if name != "llama.cpp" and _reads(name, format)]
         if not readers:
             raise RefusedError(f"{folder.name}: none of {', '.join(ENGINES)} reads {format}; convert it first, to awq, gptq or dense")
         llama = " (llama.cpp reads GGUF only)" if found_llama_cpp(environments) else ""
+        with_others = [f"{name} with {' or '.join(BESIDE[name, format])}" if (name, format) in BESIDE else name for name in readers]
         raise UsageError(
-            f"{folder.name}: no engine that reads {format or 'it'} was found in {looked}{llama}; install {' or '.join(readers)} in an "
-            "environment and name it with --python"
+            f"{folder.name}: no engine that reads {format or 'it'} was found in {looked}{llama}; install {', or '.join(with_others)}, in "
+            "an environment and name it with --python"
         )
     return next((pair for pair in able if _welcome(pair[0], folder)), able[0])
 

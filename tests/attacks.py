@@ -636,7 +636,7 @@ def _many_modules(folder: Path) -> None:
     names = [f"model.layers.{number}.mlp.down_proj" for number in range(20_000)]
     entries = {f"{name}.weight": {"dtype": "I8", "shape": [0, 1], "data_offsets": [0, 0]} for name in names}
     (folder / WEIGHTS).write_bytes(_stored(entries, b""))
-    (folder / DESCRIPTION).write_bytes(_json(dict.fromkeys(entries, "W8A8")))
+    (folder / DESCRIPTION).write_bytes(_json(dict.fromkeys(entries, "W4A4_DYNAMIC")))
 
 
 def _many_patterns(folder: Path) -> None:

@@ -169,12 +169,31 @@ def test_eight_bits_to_awq_are_refused(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["awq", "gptq", "dense"])
 def test_what_quantizes_inputs_is_not_dropped_unasked(target: str, tmp_path: Path) -> None:
     source = MSMODELSLIM / "w8a8_mix_cfg_fp16"
-    with pytest.raises(RefusedError, match=r"will be computed in float \(in \d+ places\)") as caught:
+    with pytest.raises(RefusedError) as caught:
         convert(source, tmp_path / "out", target)
-    assert "activations-dropped" in {getattr(refusal, "code", "") for refusal in caught.value.refusals}
+    (dropped,) = [refusal for refusal in caught.value.refusals if getattr(refusal, "code", "") == "activations-dropped"]
+    assert "will be computed in float (in 10 places)" in str(dropped)
+    assert "--allow activations-dropped" in str(dropped)
     assert list(tmp_path.iterdir()) == []
     allowed = plan(source, target, allow=["activations-dropped"])
-    assert next(loss for loss in allowed.losses if loss.code == "activations-dropped").layers == 13
+    assert "activations-dropped" not in {refusal.code for refusal in allowed.refusals}
+    assert next(loss for loss in allowed.losses if loss.code == "activations-dropped").layers == 10
+
+
+def test_what_quantizes_inputs_is_dropped_when_asked(tmp_path: Path) -> None:
+    """The weights stay whole, and the certificate names what was lost."""
+    source = MSMODELSLIM / "w8a8_mix_cfg_fp16"
+    result = convert(source, tmp_path / "out", "dense", allow=["activations-dropped"], scale_dtype="float32")
+    assert result.exact
+    certificate = json.loads((tmp_path / "out" / "weighbridge.json").read_text("utf-8"))
+    assert {loss["code"]: loss["layers"] for loss in certificate["losses"]} == {"activations-dropped": 10}
+    tensors, stored = read_folder(tmp_path / "out"), read_folder(source)
+    layers = [name.removesuffix(".weight") for name, array in stored.items() if array.dtype == np.int8]
+    assert len(layers) == 12
+    for name in layers:
+        codes, scales, offsets = (stored[f"{name}.{part}"].astype(np.float32) for part in ("weight", "weight_scale", "weight_offset"))
+        np.testing.assert_array_equal(tensors[f"{name}.weight"], (codes - offsets) * scales, name, strict=True)
+    assert not [name for name in tensors if name.endswith(("input_scale", "input_offset", "deq_scale", "quant_bias"))]
 
 
 @pytest.mark.parametrize("case", GOLDENS)

@@ -162,23 +162,42 @@ def test_fingerprints_tell_other_goldens_apart() -> None:
     assert len({fingerprint(MSMODELSLIM / case).digest for case in GOLDENS}) == len(GOLDENS) - alike
 
 
-def test_mixed_golden_reads_what_it_can_and_names_the_rest() -> None:
-    """W8A16 layers among W8A8 ones: the two o_proj read, within float16's quotient error (2**-5 in 64..128) of half a step."""
+MIXED = {
+    "self_attn.q_proj": "static",
+    "self_attn.v_proj": "static",
+    "self_attn.o_proj": None,
+    "mlp.gate_proj": "dynamic",
+    "mlp.up_proj": "dynamic",
+    "mlp.down_proj": "dynamic",
+}
+"""How each linear of the mixed golden quantizes its inputs; k_proj stayed in float."""
+
+
+def test_mixed_golden_reads_to_the_laws_weights_and_inputs() -> None:
+    """W8A16, W8A8 and W8A8_DYNAMIC in one file, each within float16's quotient error (2**-5 in 64..128) of half a step."""
     folder = MSMODELSLIM / "w8a8_mix_cfg_fp16"
-    expected, checkpoint = read_layers(folder), open_checkpoint(folder)
-    assert sorted(checkpoint.layer_names) == sorted(expected) == [f"model.layers.{block}.self_attn.o_proj" for block in (0, 1)]
+    stored, checkpoint = read_folder(folder), open_checkpoint(folder)
+    assert set(checkpoint.layer_names) == {f"model.layers.{block}.{leaf}" for block in (0, 1) for leaf in MIXED}
+    assert checkpoint.unsupported == []
     source = read_folder(MSMODELSLIM / "src_fp16")
-    for name, wanted in expected.items():
-        np.testing.assert_array_equal(dequantize(checkpoint.layer(name)), expected_weights(wanted), name, strict=True)
-        assert steps_off(wanted, source[f"{name}.weight"]) <= 0.5 + 2**-5
-    kinds = {part.name.rpartition(".")[2]: part.type for part in checkpoint.unsupported}
-    assert kinds == {
-        "q_proj": "W8A8",
-        "v_proj": "W8A8",
-        "gate_proj": "W8A8_DYNAMIC",
-        "up_proj": "W8A8_DYNAMIC",
-        "down_proj": "W8A8_DYNAMIC",
-    }
+    worst = {}
+    for name in checkpoint.layer_names:
+        codes, scales, offsets = (stored[f"{name}.{part}"].astype(np.float32) for part in ("weight", "weight_scale", "weight_offset"))
+        layer, kind = checkpoint.layer(name), MIXED[name.split(".", 3)[3]]
+        np.testing.assert_array_equal(dequantize(layer), (codes - offsets) * scales, name, strict=True)
+        worst[name] = np.abs((codes - offsets) - source[f"{name}.weight"].astype(np.float32) / scales).max()
+        found = None if layer.scheme.inputs is None else "dynamic" if layer.scheme.inputs.dynamic else "static"
+        assert found == kind, name
+        if kind == "static":
+            assert layer.input_scale is not None
+            assert layer.input_zero_point is not None
+            assert layer.input_scale.tobytes() == stored[f"{name}.input_scale"].tobytes()
+            assert layer.input_zero_point.tolist() == stored[f"{name}.input_offset"].tolist()
+        else:
+            assert layer.input_scale is layer.input_zero_point is None
+    assert 0.49 < max(worst.values()) <= 0.5 + 2**-5, worst
+    floats = [name for name in checkpoint.plain_names if name.endswith("k_proj.weight")]
+    assert floats == [f"model.layers.{block}.self_attn.k_proj.weight" for block in (0, 1)]
 
 
 @pytest.mark.parametrize("case", AWQ_GPTQ)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from convert import moves
+from convert.matrices import scales_of
 from formats import awq, gptq, msmodelslim
 from formats.errors import WeighbridgeError
 from formats.ir import Array, QuantArgs, QuantizedLinear, QuantScheme, dequantize
@@ -32,6 +33,7 @@ COMES_BACK = {
     "drop-zero-point": "test_a_zero_point_that_was_dropped_can_be_spelled_out",
     "widen-codes": "test_widened_codes_come_back",
     "spell-g_idx": "test_a_g_idx_that_was_spelled_out_can_be_dropped",
+    "merge-scales": "test_merged_scales_come_apart_again",
     "dequantize": "test_dequantized_weights_give_the_codes_back",
 }
 
@@ -128,6 +130,41 @@ def test_an_irregular_g_idx_is_not_dropped(in_features: int, group_size: int, da
 def test_a_g_idx_of_other_groups_is_not_dropped() -> None:
     with pytest.raises(WeighbridgeError, match="irregular"):
         moves.drop_g_idx(moves.spell_g_idx(8, 2), 4)
+
+
+# Two levels of scales
+
+
+OUTERS = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.just(1)), elements=st.floats(2**-100, 2**100, width=32))
+"""Outer scales, [out, 1]."""
+
+
+def two_levels(outer: Array, inner: Array) -> QuantizedLinear:
+    """A layer of 4 bits whose codes are all that there are, in each of its groups of 16."""
+    out, groups = inner.shape
+    codes = frozen(np.tile(np.arange(-8, 8, dtype=np.int8), (out, groups)))
+    scheme = QuantScheme(QuantArgs(4, strategy="group", group_size=16))
+    return QuantizedLinear("layer", (out, 16 * groups), scheme, codes, frozen(inner), outer=frozen(outer))
+
+
+@given(OUTERS, st.integers(1, 4), st.data())
+def test_merged_scales_come_apart_again(outer: Array, groups: int, data: st.DataObject) -> None:
+    """msModelSlim's inner scales are small whole numbers, so the outer ones divide them out of the product, rounded as it is."""
+    inner = data.draw(hnp.arrays(np.float32, (len(outer), groups), elements=st.integers(1, 1 << 12).map(float)))
+    merged = frozen(scales_of(two_levels(outer, inner)))
+    assert (merged.shape, merged.dtype) == (inner.shape, np.float32)
+    np.testing.assert_array_equal(np.rint(merged / outer), inner)
+
+
+@given(OUTERS, st.integers(1, 4), st.data())
+def test_merged_scales_give_the_same_weights(outer: Array, groups: int, data: st.DataObject) -> None:
+    """Whatever they are: the law itself multiplies the levels in float32 first."""
+    elements = st.floats(2**-20, 2**20, width=32)
+    layer = two_levels(outer, data.draw(hnp.arrays(np.float32, (len(outer), groups), elements=elements)))
+    one_level = QuantizedLinear("layer", layer.shape, layer.scheme, layer.codes, frozen(scales_of(layer)))
+    np.testing.assert_array_equal(dequantize(one_level), dequantize(layer))
+    wanted = (np.asarray(layer.outer) * np.asarray(layer.scales)).repeat(16, axis=1) * np.asarray(layer.codes)
+    np.testing.assert_array_equal(dequantize(one_level), wanted)
 
 
 # Codes, which the layouts move

@@ -163,7 +163,9 @@ class TestTheScript:
         save_path = tmp_path / "res.safetensors"
         with pytest.raises(RefusedError) as caught:
             converted(CASES / reference["case"], save_path, reference["w_bit"], reference["target"])
-        assert "model.layers.0." in str(caught.value)
+        assert caught.value.refusals
+        assert all(refusal.layer in layers_of(reference["case"]) for refusal in caught.value.refusals)  # type: ignore[attr-defined]
+        assert str(caught.value).startswith(f"{caught.value.refusals[0].layer}: ")  # type: ignore[attr-defined]
         assert list(tmp_path.iterdir()) == []
 
 
@@ -255,14 +257,36 @@ class TestItsDefects:
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("target", ["awq", "gptq"])
-    def test_w8a8_is_not_passed_through(self, tmp_path: Path, target: str) -> None:
+    @pytest.mark.parametrize("mode", ["save_path", "output_dir"])
+    def test_w8a8_is_not_passed_through(self, tmp_path: Path, target: str, mode: str) -> None:
+        """What quantizes the inputs of 10 layers has no place in either format, and is not left out unasked."""
         weights, description = files_of(CASES / "w8a8_mix_cfg_fp16")
-        for mode in ("save_path", "output_dir"):
-            with pytest.raises(RefusedError, match="type W8A8;") as caught:
-                ms_to_vllm(weights, description, target_tool=target, **{mode: tmp_path / "out"})
-            refusals = {refusal.layer for refusal in caught.value.refusals}  # type: ignore[attr-defined]
-            assert {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"} <= refusals
+        with pytest.raises(RefusedError) as caught:
+            ms_to_vllm(weights, description, target_tool=target, **{mode: tmp_path / "out"})
+        assert {"activations-dropped"} <= codes_of(caught) <= {"activations-dropped", "bits", "fused"}
+        (dropped,) = [refusal for refusal in caught.value.refusals if getattr(refusal, "code", "") == "activations-dropped"]
+        assert "will be computed in float (in 10 places)" in str(dropped)
+        eight = {getattr(refusal, "layer", "") for refusal in caught.value.refusals if getattr(refusal, "code", "") == "bits"}
+        assert eight == (set(layers_of("w8a8_mix_cfg_fp16")) if target == "awq" else set())
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("mode", ["save_path", "output_dir"])
+    def test_w8a8_goes_to_compressed_tensors_with_its_inputs(self, tmp_path: Path, mode: str) -> None:
+        folder = FIXTURES / "msmodelslim_w8" / "w8a8_static_bf16"
+        weights, description = files_of(folder)
+        ms_to_vllm(weights, description, target_tool="compressed-tensors", **{mode: tmp_path / "out"})
+        ours = read_safetensors(tmp_path / "out" / "model.safetensors" if mode == "output_dir" else tmp_path / "out")
+        theirs = read_safetensors(weights)
+        layers = [name.removesuffix(".weight") for name, array in theirs.items() if array.dtype == np.int8]
+        assert len(layers) == 7
+        for layer in layers:
+            np.testing.assert_array_equal(ours[f"{layer}.weight"], theirs[f"{layer}.weight"], layer, strict=True)
+            for part in ("weight_scale", "input_scale"):
+                found, wanted = (tensors[f"{layer}.{part}"].astype(np.float32) for tensors in (ours, theirs))
+                np.testing.assert_array_equal(found, wanted, f"{layer}.{part}")
+            offset = theirs[f"{layer}.input_offset"].astype(np.int8)
+            np.testing.assert_array_equal(ours[f"{layer}.input_zero_point"], offset, layer, strict=True)
+            assert not {f"{layer}.{part}" for part in ("deq_scale", "quant_bias", "input_offset", "weight_offset")} & set(ours)
 
     def test_tensors_that_the_description_lacks_are_carried(self, tmp_path: Path) -> None:
         extra = np.arange(6, dtype=np.float16).reshape(2, 3)

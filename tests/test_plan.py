@@ -289,7 +289,8 @@ class TestFused:
             source.linear(name, bits=8 if name == together[-1] else 4)
         decided = planned(source, tmp_path, "gptq")
         refused(decided, "fused", *together)
-        assert "8 bits" in decided.refusals[0].needs
+        assert decided.refusals[0].needs.startswith(f"its own scheme while {together[-1].rpartition('.')[2]} is W8A16 per channel")
+        assert decided.refusals[-1].needs.startswith(f"its own scheme while {together[0].rpartition('.')[2]} is W4A16 per channel")
 
     @pytest.mark.parametrize("target", ["awq", "gptq"])
     def test_all_rolled_back_is_fine(self, tmp_path: Path, target: str) -> None:
@@ -411,14 +412,11 @@ class TestNorms:
 
 
 OTHER_TYPES = (
-    "W8A8",
-    "W8A8S",
     "W8A8SC",
-    "W8A8_DYNAMIC",
-    "W8A8_MIX",
     "W8A8_TIMESTEP",
-    "W4A8_DYNAMIC",
     "W4A4_DYNAMIC",
+    "W4A4_FLATQUANT",
+    "W8A8_FLATQUANT",
     "W4A4_FLATQUANT_DYNAMIC",
     "W8A8_FLATQUANT_DYNAMIC",
     "WFP8AFP8_DYNAMIC",
@@ -428,39 +426,95 @@ OTHER_TYPES = (
     "W4A8_MXFP",
     "W4A4_MXFP4_DUALSCALE",
     "W4A4_MXFP4_SVD",
+    "W8A8_MXFP8_SVD",
     "NF4",
     "W16A16S",
     "W16A16SC",
 )
 DESCRIPTIONS = sorted((FIXTURES / "msmodelslim" / "descriptions").glob("*.json"))
+UNREAD = [path for path in DESCRIPTIONS if "mxfp" in path.stem]
+QUANTIZED_INPUTS = [path for path in DESCRIPTIONS if path not in UNREAD]
 
 
 def described(description: Path, folder: Path) -> Path:
-    """A checkpoint with that description and tiny tensors under its names."""
+    """A checkpoint with that description, and under its names tensors of zeros and ones in the shapes of layers [32, 128]."""
     folder.mkdir()
-    types = {key: type_ for key, type_ in read_json(description).items() if "." in key}
-    source = Source(types=types, top={key: value for key, value in read_json(description).items() if "." not in key})
-    for name in types:
-        quantized = types[name] != "FLOAT" and name.endswith(".weight") and ".module." not in name
-        source.tensors[name] = np.zeros((4, 4), np.int8) if quantized else np.zeros(4, np.float32)
+    content = read_json(description)
+    types = {key: type_ for key, type_ in content.items() if "." in key}
+    source = Source(types=types, top={key: value for key, value in content.items() if "." not in key}, config={"model_type": "qwen2"})
+    rows = 16 if "version" in content and "W4A8_DYNAMIC" in types.values() else 32
+    parts = {
+        "weight_scale": np.ones((32, 1), np.float32),
+        "weight_offset": np.zeros((32, 1), np.float32),
+        "weight_scale_second": np.ones((32, 4), np.float32),
+        "weight_offset_second": np.zeros((32, 4), np.int64),
+        "input_scale": np.ones(1, np.float32),
+        "input_offset": np.zeros(1, np.float32),
+        "deq_scale": np.ones(32, np.float32),
+        "quant_bias": np.zeros(32, np.int32),
+        "scale_bias": np.zeros((32, 1), np.float32),
+        "kv_cache_scale": np.ones(32, np.float32),
+        "kv_cache_offset": np.zeros(32, np.float32),
+    }
+    for name, type_ in types.items():
+        leaf = name.rpartition(".")[2]
+        quantized = type_ != "FLOAT" and leaf == "weight" and ".module." not in name
+        source.tensors[name] = np.zeros((rows, 128), np.int8) if quantized else parts.get(leaf, np.zeros(32, np.float32))
     return source.write(folder / "checkpoint")
+
+
+def quantized_in(description: Path) -> dict[str, str]:
+    """{layer: type} of a description."""
+    labels = read_json(description).items()
+    return {key.removesuffix(".weight"): type_ for key, type_ in labels if key.endswith("proj.weight") and type_ != "FLOAT"}
 
 
 class TestOtherTypes:
     def test_there_are_descriptions(self) -> None:
         assert len(DESCRIPTIONS) == 19
+        assert len(UNREAD) == 2
 
-    @pytest.mark.parametrize("description", DESCRIPTIONS, ids=lambda path: path.stem)
+    @pytest.mark.parametrize("description", UNREAD, ids=lambda path: path.stem)
     @pytest.mark.parametrize("target", ["awq", "gptq", "dense"])
-    def test_what_the_tool_writes_is_refused_by_name(self, tmp_path: Path, description: Path, target: str) -> None:
-        types = {type_ for key, type_ in read_json(description).items() if key.endswith("proj.weight")} - {"FLOAT"}
-        assert len(types) == 1
+    def test_what_is_not_read_is_refused_by_name(self, tmp_path: Path, description: Path, target: str) -> None:
+        (type_,) = set(quantized_in(description).values())
         decided = plan(described(description, tmp_path / "made"), target)
-        with pytest.raises(RefusedError, match=rf"the type {types.pop()};"):
+        with pytest.raises(RefusedError, match=rf"the type {type_};"):
             decided.raise_if_refused()
-        assert set(codes_of(decided)) <= {"type", "kv-cache-dropped"}
-        layers = [key for key, type_ in read_json(description).items() if key.endswith("proj.weight") and type_ != "FLOAT"]
-        assert codes_of(decided).count("type") == len(layers)
+        assert codes_of(decided) == ["type"] * len(quantized_in(description))
+
+    @pytest.mark.parametrize("description", QUANTIZED_INPUTS, ids=lambda path: path.stem)
+    @pytest.mark.parametrize("target", ["awq", "gptq", "dense"])
+    def test_quantized_inputs_are_read_and_lost_only_by_name(self, tmp_path: Path, description: Path, target: str) -> None:
+        """AWQ has no 8 bits, asked or not; the others hold the weights, once the user gave up what quantizes inputs and caches."""
+        layers = quantized_in(description)
+        (type_,) = set(layers.values())
+        lost = {"activations-dropped": len(layers)}
+        caches = [name for name in read_json(description) if ".kv_cache_" in name]
+        lost |= {"kv-cache-dropped": len(caches)} if caches else {}
+        refusals = [("bits", name) for name in layers] if target == "awq" and type_.startswith("W8") else []
+        folder = described(description, tmp_path / "made")
+        decided = plan(folder, target)
+        found = [(refusal.code, refusal.layer) for refusal in decided.refusals]
+        assert sorted(pair for pair in found if pair[0] not in lost) == sorted(refusals)
+        for code, count in lost.items():
+            (refusal,) = [refusal for refusal in decided.refusals if refusal.code == code]
+            assert f"(in {count} places)" in refusal.needs
+            assert f"--allow {code}" in refusal.hint
+        allowed = plan(folder, target, allow=list(lost))
+        assert sorted((refusal.code, refusal.layer) for refusal in allowed.refusals) == sorted(refusals)
+        assert {code: layers for code, (layers, _) in losses_of(allowed).items() if code != "weight-rounded"} == lost
+        assert {layer.target.inputs for layer in allowed.layers} == {None}
+        assert {layer.target.name for layer in allowed.layers} == set(layers)
+
+    @pytest.mark.parametrize("description", QUANTIZED_INPUTS, ids=lambda path: path.stem)
+    def test_their_own_format_loses_nothing_of_them(self, tmp_path: Path, description: Path) -> None:
+        decided = plan(described(description, tmp_path / "made"), "msmodelslim")
+        assert (decided.refusals, decided.losses) == ([], [])
+        kinds = {"W8A8": "static", "W8A8_MIX": "both", "W8A8_DYNAMIC": "dynamic", "W4A8_DYNAMIC": "dynamic"}
+        # Of both kinds the default variant has the static one: its files are the same.
+        wanted = {name: kinds[type_] for name, type_ in quantized_in(description).items()}
+        assert {layer.target.name: layer.target.inputs for layer in decided.layers} == wanted
 
     @pytest.mark.parametrize("type_", OTHER_TYPES)
     def test_every_type_is_known_by_name(self, tmp_path: Path, type_: str) -> None:
@@ -470,20 +524,30 @@ class TestOtherTypes:
         refused(decided, "type", DOWN)
         assert f"the type {type_};" in str(decided.refusals[0])
 
-    def test_a_mixed_checkpoint_names_the_type_of_every_layer(self) -> None:
-        decided = plan(FIXTURES / "msmodelslim" / "w8a8_mix_cfg_fp16", "gptq")
-        found = {refusal.layer: refusal.needs for refusal in decided.refusals if refusal.code == "type"}
-        wanted = {}
+    def test_a_mixed_checkpoint_keeps_the_kind_of_every_layer(self) -> None:
+        """W8A8, W8A8_DYNAMIC and W8A16 layers; k_proj is float, which engines that fuse it with q and v cannot serve."""
+        source = FIXTURES / "msmodelslim" / "w8a8_mix_cfg_fp16"
+        kinds: dict[str, str | None] = {}
         for block in ("model.layers.0", "model.layers.1"):
-            wanted |= {f"{block}.self_attn.{leaf}_proj": "the type W8A8" for leaf in "qv"}
-            wanted |= {f"{block}.mlp.{leaf}_proj": "the type W8A8_DYNAMIC" for leaf in ("gate", "up", "down")}
-        assert found == wanted
+            kinds |= {f"{block}.self_attn.{leaf}_proj": "static" for leaf in "qv"} | {f"{block}.self_attn.o_proj": None}
+            kinds |= {f"{block}.mlp.{leaf}_proj": "dynamic" for leaf in ("gate", "up", "down")}
+        own = plan(source, "msmodelslim")
+        assert (own.refusals, own.losses) == ([], [])
+        assert {layer.target.name: layer.target.inputs for layer in own.layers} == kinds
+        decided = plan(source, "gptq")
+        found = [(refusal.code, refusal.layer) for refusal in decided.refusals if refusal.code != "activations-dropped"]
+        assert sorted(found) == [("fused", f"model.layers.{block}.self_attn.{leaf}_proj") for block in (0, 1) for leaf in "qv"]
+        assert losses_of(decided) == {"activations-dropped": (sum(kind is not None for kind in kinds.values()), 1.0)}
 
     def test_the_command_line_exits_with_3(self, tmp_path: Path) -> None:
         source = FIXTURES / "msmodelslim" / "w8a8_mix_cfg_fp16"
         result = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "out"), "--to", "gptq"])
         assert result.exit_code == 3
-        assert "the type W8A8;" in result.stderr
+        assert "needs its own scheme while k_proj is float" in result.stderr
+        assert list(tmp_path.iterdir()) == []
+        result = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "out"), "--to", "dense"])
+        assert result.exit_code == 3
+        assert "--allow activations-dropped" in result.stderr
         assert list(tmp_path.iterdir()) == []
 
     def test_a_type_that_nobody_writes_is_unreadable(self, tmp_path: Path) -> None:

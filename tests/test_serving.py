@@ -323,12 +323,23 @@ def test_what_makes_no_sense(pretend: Pretend, options: dict[str, Any], error: t
 
 
 def test_no_engine_is_found(pretend: Pretend, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no engine that reads awq was found in .*no engine.*install vllm or .*--python"):
+    with pytest.raises(
+        UsageError, match=r"no engine that reads awq was found in .*no engine.*install vllm, or transformers with gptqmodel or .*--python"
+    ):
         serve_check(AWQ, python=pretend(packages={}))
     with pytest.raises(UsageError, match=r"the reference needs transformers and torch.*--reference-python"):
         serve_check(AWQ, python=pretend(packages={"vllm": "0.33"}))
     with pytest.raises(UsageError, match="is no folder"):
         serve_check(AWQ / "config.json", python=pretend())
+
+
+def test_transformers_alone_reads_neither_awq_nor_gptq() -> None:
+    alone = Environment("alone", {"transformers": "5.19", "torch": "2"})
+    folder = FIXTURES / "awq_gptq" / "gptqmodel_v2_3b_g128"  # which vLLM refuses
+    with_vllm = Environment("both", {**alone.packages, "vllm": "0.33"})
+    assert serving._choose(None, [with_vllm], folder, open_checkpoint(folder)) == ("vllm", with_vllm)
+    with pytest.raises(UsageError, match="no engine that reads gptq was found in alone"):
+        serving._choose(None, [alone], folder, open_checkpoint(folder))
 
 
 def test_a_format_that_no_engine_reads(pretend: Pretend, tmp_path: Path) -> None:

@@ -23,11 +23,13 @@ from raw_msmodelslim import Layer, read_layers
 from convert import convert
 from convert.checking import check
 from convert.consumers import CONSUMERS
+from convert.verification import fingerprint
 from formats.errors import UnreadableError
 
 pytestmark = pytest.mark.oracle
 
-AWQ_GPTQ = FIXTURES.parent / "awq_gptq"
+ROOT = FIXTURES.parent
+AWQ_GPTQ, COMPRESSED = ROOT / "awq_gptq", ROOT / "compressed_tensors"
 QWEN2 = CONFIG | {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -76,6 +78,18 @@ SPOILED = {
     "no_float_gate_proj": Case(r"KeyError: 'model\.layers\.0\.mlp\.gate_proj\.weight'", ("described",)),
     "unlike_qkv": Case(r"ValueError: Not all shards of .*qkv_proj are quantized with same quant type", ("fused",)),
 }
+W8A8 = {  # -> its source, the float model, and how the inputs are quantized
+    "w8a8": ("msmodelslim_w8/w8a8_static_bf16", "src_qwen2_bf16", "static"),
+    "w8a8_fp16": ("msmodelslim_w8/w8a8_static_ascendv1_fp16", "src_llama_fp16", "static"),
+    "w8a8_mix": ("msmodelslim_w8/w8a8_pdmix_ascendv1_bf16", "src_qwen2_bf16", "dynamic"),  # as where it fills the cache
+    "w8a8_dynamic": ("msmodelslim_w8/w8a8_dynamic_bf16", "src_llama_fp16", "dynamic"),
+    "w8a8s": ("msmodelslim_w8/w8a8s_lowbit_bf16", "src_qwen2_bf16", "static"),
+    "w8a8_of_compressed_tensors": ("compressed_tensors/w8a8_static_asym_fp16", "", "static"),
+    "w8a8_sym_of_compressed_tensors": ("compressed_tensors/w8a8_static_sym_bf16", "", "static"),
+    "w8a8_dynamic_of_compressed_tensors": ("compressed_tensors/w8a8_dynamic_fp16", "", "dynamic"),
+}
+"""Folders that are written with ``--for vllm-ascend``."""
+WIDENED = {"w8a16_of_4_bits": "compressed_tensors/w4a16_pc_sym_fp16"}
 ASYMMETRIC = "w8a16_asymmetric"
 FOREIGN = {
     "w8a16_per_tensor": Case(PER_CHANNEL),  # as msModelSlim writes it by default; we spell the scale out for each channel
@@ -138,6 +152,11 @@ def write_folders(root: Path) -> Path:
     ):
         convert(AWQ_GPTQ / source, folders / case, to=ascendv1)
 
+    for case, (source, its_base, _) in W8A8.items():
+        base = None if not its_base else COMPRESSED / its_base
+        convert(ROOT / source, folders / case, "msmodelslim", consumer="vllm-ascend", base_model=base)
+    for case, source in WIDENED.items():
+        convert(ROOT / source, folders / case, "msmodelslim", consumer="vllm-ascend")
     write_msmodelslim(folders / "w8a16_per_tensor", model(bits=8, strategy="tensor", scale_dtype="BF16"), ascendv1=True, config=QWEN2)
 
     def spoil(case: str, source: str, change: Callable[[dict[str, Any]], object], name: str = "quant_model_description.json") -> None:
@@ -269,3 +288,128 @@ def test_check_knows_the_types_that_are_registered_for_linears(answers: dict[str
     (row,) = (row for row in CONSUMERS["vllm-ascend"].formats["msmodelslim"] if row.code == "type")
     registered = set(answers["w8a16"].registered) - {"fp8"}  # not msModelSlim's: of DeepSeek's checkpoints
     assert set(row.wanted.removeprefix("a type of ").split(", ")) == registered
+
+
+# --- quantized inputs -------------------------------------------------------------------------------------------------
+
+
+class Static(NamedTuple):
+    """A linear with quantized inputs, read from the source's bytes. scale, offset: of the inputs, None where found at run time."""
+
+    codes: np.ndarray  # int64 [out, in]
+    scales: np.ndarray  # float64 [out]
+    bias: np.ndarray  # float64 [out]
+    scale: float | None
+    offset: float
+
+
+def read_static(folder: Path) -> dict[str, Static]:
+    """Every quantized linear of an msModelSlim or compressed-tensors folder of W8A8."""
+    (path,) = (path for path in folder.glob("*.safetensors") if "golden" not in path.name)
+    header, data = read_raw(path)
+    kinds = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "I8": np.int8, "I32": np.int32, "I64": np.int64}
+
+    def tensor(name: str) -> np.ndarray | None:
+        if name not in header:
+            return None
+        entry = header[name]
+        begin, end = entry["data_offsets"]
+        found = np.frombuffer(data[begin:end], kinds[entry["dtype"]])
+        if name.endswith("deq_scale") and found.dtype == np.int64:
+            found = found.astype(np.int32).view(np.float32)
+        return found.reshape(entry["shape"]).astype(np.float64)
+
+    found = {}
+    for key, entry in header.items():
+        name = key.removesuffix(".weight")
+        if name == key or entry["dtype"] != "I8":
+            continue
+        codes, scale, scales, bias = (tensor(f"{name}.{part}") for part in ("weight", "input_scale", "weight_scale", "bias"))
+        assert codes is not None
+        offset = next((one for one in (tensor(f"{name}.input_offset"), tensor(f"{name}.input_zero_point")) if one is not None), np.zeros(1))
+        if scales is None:
+            deq = tensor(f"{name}.deq_scale")
+            assert deq is not None
+            assert scale is not None
+            scales = deq / scale
+        bias = np.zeros(codes.shape[0]) if bias is None else bias
+        one = None if scale is None else float(scale.reshape(-1)[0])
+        found[name] = Static(codes.astype(np.int64), scales.reshape(-1), bias, one, float(offset.reshape(-1)[0]))
+    assert found, folder
+    return found
+
+
+def reciprocal(scale: float, dtype: Any) -> float:
+    """1 / scale as vllm-ascend takes it: in the model's dtype."""
+    return float((1.0 / np.float32(np.array(scale).astype(dtype))).astype(dtype))
+
+
+@pytest.mark.parametrize("name", W8A8)
+def test_w8a8_folders_are_loaded_and_check_agrees(answers: dict[str, Answer], name: str) -> None:
+    answer = answers[name]
+    assert answer.refused == ""
+    assert unmet(answer.folder) == ()
+    assert answer.detected == "ascend"
+    read = {f"{shard}.weight": type_ for module, type_ in answer.types.items() for shard in answer.shards[module]}
+    assert read == {key: type_ for key, type_ in description_of(answer.folder).items() if key.endswith("_proj.weight")}
+
+
+@pytest.mark.parametrize("name", W8A8)
+def test_w8a8_schemes_want_the_tensors_that_we_wrote(answers: dict[str, Answer], name: str) -> None:
+    """By name and shape, and by dtype but for what is loaded by a cast that changes nothing: input_offset, integers in int8."""
+    answer = answers[name]
+    (path,) = answer.folder.glob("*.safetensors")
+    header, _ = read_raw(path)
+    quantized = {shard for module, type_ in answer.types.items() if type_ != "FLOAT" for shard in answer.shards[module]}
+    stored = {key: [entry["dtype"], entry["shape"]] for key, entry in header.items() if key.rpartition(".")[0] in quantized}
+    assert {key: shape for key, (_, shape) in stored.items()} == {key: shape for key, (_, shape) in answer.parameters.items()}
+    same = {key: dtype for key, (dtype, _) in stored.items() if not key.endswith(("input_offset", "bias", "weight_scale", "weight_offset"))}
+    # static schemes compute with deq_scale: a weight_scale in float32 (W8A8S) is rounded by the loader and not used
+    assert same == {key: answer.parameters[key][0] for key in same}
+
+
+@pytest.mark.parametrize("name", W8A8)
+def test_w8a8_schemes_compute_what_the_source_says(answers: dict[str, Answer], name: str) -> None:
+    """Of some inputs, within half a step of quant_bias, and what the tool rounded deq_scale by where the source has one."""
+    answer, (source, _, kind) = answers[name], W8A8[name]
+    layers, kept = read_static(ROOT / source), source.startswith("msmodelslim")
+    dtype = (
+        np.float16
+        if "fp16" in str(json.loads((answer.folder / "config.json").read_text())["torch_dtype"]).replace("float", "fp")
+        else ml_dtypes.bfloat16
+    )
+    for module in (module for module, type_ in answer.types.items() if type_ != "FLOAT"):
+        x, y = (answer.weights[f"{module}.{part}"].astype(np.float64) for part in ("x", "y"))
+        expected, room = [], []
+        for shard in answer.shards[module]:
+            layer = layers[shard]
+            if kind == "static":
+                assert layer.scale is not None
+                codes = np.clip(
+                    np.rint((x.astype(np.float32) * np.float32(reciprocal(layer.scale, dtype))) + np.float32(layer.offset)), -128, 127
+                )
+                step = np.float64(np.array(layer.scale).astype(dtype)) * layer.scales
+                values = (codes - layer.offset) @ layer.codes.T * step
+                rounded = 0.0085 if kept else 1e-6
+                room.append(0.5001 * step + rounded * np.abs(values))
+            else:
+                token = (np.abs(x).max(1, keepdims=True) / 127).astype(np.float32)
+                codes = np.rint(x.astype(np.float32) / token)
+                values = codes @ layer.codes.T * (token.astype(np.float64) * layer.scales)
+                room.append(1e-5 * np.abs(values) + 1e-6)
+            expected.append(values + layer.bias)
+        np.testing.assert_array_less(
+            np.abs(y - np.concatenate(expected, 1)),
+            np.concatenate([np.broadcast_to(one, values.shape) for one, values in zip(room, expected, strict=True)], 1) + 1e-9,
+            module,
+        )
+
+
+@pytest.mark.parametrize("name", WIDENED)
+def test_four_bits_are_served_in_eight(answers: dict[str, Answer], name: str) -> None:
+    answer = answers[name]
+    assert answer.refused == ""
+    assert unmet(answer.folder) == ()
+    assert set(answer.types.values()) <= {"W8A16", "FLOAT"}
+    dense = fingerprint(ROOT / WIDENED[name])
+    assert fingerprint(answer.folder).digest == dense.digest

@@ -6,13 +6,18 @@ Run by the interpreter that has vLLM 0.32.0 for the CPU and, in its environment'
 (``nox -s vllm_ascend`` builds it). It imports nothing of Weighbridge.
 
 Everything under vllm_ascend.quantization is the real thing: the parser, the registry of schemes, and the adapter by which vLLM
-makes a layer's parameters. The rest of vllm_ascend and torch_npu need an NPU, so stand-ins take their places. Two of them do
-something: AscendUnquantizedLinearMethod is the class of vLLM that it extends, and npu_weight_quant_batchmatmul is the formula that
-CANN documents for aclnnWeightQuantBatchMatmulV2, y = x @ ((weight + antiquant_offset) * antiquant_scale) + bias.
+makes a layer's parameters. The rest of vllm_ascend and torch_npu need an NPU, so stand-ins take their places. Some of them do
+something: AscendUnquantizedLinearMethod is the class of vLLM that it extends, and operators are the formulas that CANN documents:
+
+    npu_weight_quant_batchmatmul   y = x @ ((weight + antiquant_offset) * antiquant_scale) + bias
+    npu_quantize                   clamp(round(x * reciprocal + offset)); the reciprocal is vllm-ascend's, in the model's dtype
+    npu_dynamic_quant              of each token x / scale, rounded; scale = max|x| / 127
+    npu_quant_matmul               (x @ weight + bias) * scale with an int32 bias, x @ weight * scale * pertoken_scale + bias with a float
 
 For each folder under FOLDERS the model of its config.json is built and its weights are loaded. OUT/<name>.safetensors holds, for
-every quantized linear P of vLLM's model, where q, k and v are one, P.weight: float32 [out, in], as the scheme computes it. Its
-metadata, each a JSON text:
+every quantized linear P of vLLM's model, where q, k and v are one, P.weight: float32 [out, in], as the scheme computes it, if its
+inputs are not quantized; else P.x, some inputs, and P.y, what the scheme computes of them, both float32. Its metadata, each a JSON
+text:
 
 detected    what vllm-ascend takes the folder for: "ascend" or null
 types       the type of every linear of vLLM's model, as the parser says
@@ -48,7 +53,9 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 SOURCES = Path(sys.prefix) / "vllm_ascend-0.30.0rc2" / "vllm_ascend"
 REAL = ("vllm_ascend.quantization", "vllm_ascend.weight_switch")
-DTYPES = {torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+DTYPES = {
+    torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
+}  # fmt: skip
 
 
 class StandIn(ModuleType):
@@ -86,6 +93,8 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             module.AscendUnquantizedLinearMethod = UnquantizedLinearMethod
         if module.__name__ == "torch_npu":
             module.npu_weight_quant_batchmatmul = weight_quant_batchmatmul
+            module.npu_dynamic_quant = dynamic_quant
+            module.npu_quant_matmul = quant_matmul
 
 
 def weight_quant_batchmatmul(
@@ -95,6 +104,37 @@ def weight_quant_batchmatmul(
     return y if bias is None else y + bias.float()
 
 
+def quantize(x: torch.Tensor, scale: torch.Tensor, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    return torch.clamp(torch.round(x.float() * reciprocal.float() + offset.float()), -128, 127).to(torch.int8)
+
+
+def dynamic_quant(x: torch.Tensor, dst_type: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
+    assert dst_type == torch.int8
+    scale = x.float().abs().amax(-1) / 127
+    return torch.round(x.float() / scale[:, None]).to(torch.int8), scale
+
+
+def quant_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    pertoken_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    sums = x.double() @ weight.double()
+    scale = scale.to(torch.int32).view(torch.float32) if scale.dtype == torch.int64 else scale.float()
+    if bias is not None and bias.dtype == torch.int32:
+        sums = sums + bias
+    y = sums * scale.reshape(-1)
+    y = y if pertoken_scale is None else y * pertoken_scale[:, None]
+    return (y if bias is None or bias.dtype == torch.int32 else y + bias.double()).float()
+
+
+OPERATORS = torch.library.Library("vllm", "FRAGMENT")
+OPERATORS.define("quantize(Tensor x, Tensor scale, Tensor reciprocal, Tensor offset) -> Tensor")
+OPERATORS.impl("quantize", quantize, "CompositeExplicitAutograd")
 sys.meta_path.insert(0, StandIns())
 torch.npu = MagicMock()  # vLLM asks it whether there is an NPU
 
@@ -149,7 +189,13 @@ def load(folder: Path, says: dict[str, Any], weights: dict[str, torch.Tensor]) -
         get_model_loader(config.load_config).load_weights(model, config.model_config)
         process_weights_after_loading(model, config.model_config, torch.device("cpu"))
         for name, layer in quantized.items():
-            weights[f"{name}.weight"] = layer.quant_method.apply(layer, torch.eye(layer.input_size)).T.contiguous()
+            if says["types"][name].endswith("A16"):
+                weights[f"{name}.weight"] = layer.quant_method.apply(layer, torch.eye(layer.input_size)).T.contiguous()
+                continue
+            seed = torch.Generator().manual_seed(len(weights))
+            x = torch.randn(16, layer.input_size, generator=seed).to(config.model_config.dtype)
+            weights[f"{name}.x"] = x.float()
+            weights[f"{name}.y"] = layer.quant_method.apply(layer, x, layer.bias).contiguous()
 
 
 def main(folders: Path, out: Path) -> None:
