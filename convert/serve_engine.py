@@ -322,7 +322,9 @@ def main() -> None:
         answer = run(job)
     except BaseException as error:
         traceback.print_exc()
-        answer, status = {"error": f"{type(error).__name__}: {error}"}, 1
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        said = str(error) or f"{last.line} ({os.path.basename(last.filename)}, line {last.lineno})"  # a bare assertion
+        answer, status = {"error": f"{type(error).__name__}: {said}"}, 1
     part = Path(job["answer"] + ".part")
     part.write_text(json.dumps(answer), "utf-8")
     part.replace(job["answer"])

@@ -359,14 +359,22 @@ def element_values(codes: Array, element: Element) -> Array:
     """float32 ``value(codes)``: integers as they are, float elements by their bit pattern."""
     if element == "int":
         return codes.astype(np.float32)
-    if element == "e4m3":
-        return np.asarray(codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
-    if element == "e5m2":
-        return np.asarray(codes.view(ml_dtypes.float8_e5m2).astype(np.float32))
-    table = E2M1_VALUES if element == "e2m1" else NF4_VALUES
-    if codes.size and int(codes.max()) > 15:
+    table = value_table(element)
+    if len(table) == 16 and codes.size and int(codes.max()) > 15:
         raise UnreadableError(f"a 4-bit {element} code is {int(codes.max())}, wanted 0 to 15")
-    return np.asarray(table[codes])
+    return np.asarray(table[codes.view(np.uint8)])
+
+
+@functools.cache
+def value_table(element: Element) -> Array:
+    """float32 value of every bit pattern of a float element: [256], or [16] of one with 4 bits. Read-only."""
+    if element in {"e2m1", "nf4"}:
+        table = E2M1_VALUES if element == "e2m1" else NF4_VALUES
+    else:
+        dtype: Any = ml_dtypes.float8_e4m3fn if element == "e4m3" else ml_dtypes.float8_e5m2
+        table = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    table.flags.writeable = False
+    return table
 
 
 def dequantize(layer: QuantizedLinear, rows: slice = slice(None), cols: slice = slice(None), codes: Array | None = None) -> Array:

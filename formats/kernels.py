@@ -128,6 +128,16 @@ def dequantize_leaves(codes: Array, scales: Array, zero_points: Array | None, ru
     )
 
 
+def look_up_leaves(codes: Array, table: Array, scales: Array, runs: Runs, leaf_cols: int, weights: Array) -> None:
+    """As ``dequantize_leaves``, ``scales[r, g] * table[codes[r, c]]`` of uint8 bit patterns: what small floats are.
+
+    table   float32 [256], the value of every pattern
+    """
+    shape = (codes.shape[0], codes.shape[1], scales.shape[1])
+    bounds = (runs.starts, runs.ends, runs.group)
+    _look_up(_frozen(codes.reshape(-1)), *shape, _frozen(scales.reshape(-1)), table, *bounds, leaf_cols, weights)
+
+
 def code_range(codes: Array) -> tuple[int, int]:
     """Smallest and largest of int8 ``codes`` (rows contiguous, not empty)."""
     source, stride = _flat(codes)
@@ -136,9 +146,9 @@ def code_range(codes: Array) -> tuple[int, int]:
 
 
 def equal(left: Array, right: Array) -> bool:
-    """Whether two int8 arrays of one shape (rows contiguous) hold the same codes."""
-    a, a_stride = _flat(left)
-    b, b_stride = _flat(right)
+    """Whether two int8 arrays of one shape (rows contiguous), or two uint8 ones, hold the same codes."""
+    a, a_stride = _flat(left.view(np.int8))
+    b, b_stride = _flat(right.view(np.int8))
     return bool(_equal(a, a_stride, b, b_stride, left.shape[0], left.shape[1]))
 
 
@@ -550,6 +560,23 @@ def _dequantize(codes, rows, cols, groups, scales, zeros, has_zero, starts, ends
             code_run, weight_run = codes[at : at + count], weights[to : to + count]
             for c in range(count):
                 weight_run[c] = scale * (np.float32(code_run[c]) - zero) + nought
+
+
+@_jit
+def _look_up(codes, rows, cols, groups, scales, table, starts, ends, run_group, leaf_cols, weights):
+    nought = np.float32(0.0)
+    for run in range(len(starts)):
+        first = starts[run] // leaf_cols * leaf_cols
+        width = min(leaf_cols, cols - first)
+        count = ends[run] - starts[run]
+        group = run_group[run]
+        for r in range(rows):
+            scale = scales[r * groups + group]
+            at = r * cols + starts[run]
+            to = first * rows + r * width + starts[run] - first
+            code_run, weight_run = codes[at : at + count], weights[to : to + count]
+            for c in range(count):
+                weight_run[c] = scale * table[code_run[c]] + nought
 
 
 @_jit

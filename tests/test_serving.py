@@ -601,6 +601,12 @@ def test_every_failure_is_an_answer(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "answer.json").read_text()) == {"error": "SystemExit: 9"}
 
 
+def test_an_assertion_without_words_says_where(tmp_path: Path) -> None:
+    with run_script(tmp_path, {"torch": TORCH, "vllm": "assert 1 == 2"}, JOB) as process:
+        assert process.wait(60) == 1
+    assert json.loads((tmp_path / "answer.json").read_text()) == {"error": "AssertionError: assert 1 == 2 (vllm.py, line 1)"}
+
+
 def test_the_script_does_not_outlive_its_parent(tmp_path: Path) -> None:
     """Also when it was killed: the script's standard input ends then."""
     with run_script(tmp_path, {"torch": "import time; time.sleep(600)"}, JOB) as process:
