@@ -516,7 +516,8 @@ CONSUMERS: dict[str, Consumer] = {
                     value("config.json", "quantize",
                           ("w4a16", "w8a8", "w8a16", "w8a8s", "w8a8sc", "w8a8_dynamic", "w8a8_pdmix", "w4a8_dynamic", "w8a8_mix",
                            "w16a16s", "w16a16sc"),
-                          MINDIE + "models/base/config.py, NotImplementedError", "write the model_quant_type in lower case", default="w8a8"),
+                          MINDIE + "models/base/config.py, NotImplementedError",
+                          "write the model_quant_type in lower case", default="w8a8"),
                     says_group_size((0, 64, 128, 256), MINDIE + "models/base/config.py, NotImplementedError"),
                     types(
                         ("W4A16", "W8A8", "W8A16", "W8A8S", "W8A8SC", "W8A8_DYNAMIC", "W8A8_MIX", "W4A8_DYNAMIC", "W16A16S", "W16A16SC"),

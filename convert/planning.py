@@ -109,7 +109,7 @@ class Planner:
         self.notes: list[str] = []
         self.dense = self.holds.dequantized
         config = model_config(checkpoint, base) or {}
-        self.half = "BF16" if "bfloat16" in {config.get("torch_dtype"), config.get("dtype")} else "F16"
+        self.half = "BF16" if "bfloat16" in (config.get("torch_dtype"), config.get("dtype")) else "F16"
         self.ledger = Ledger(f"{spec.name}:{variant.name}")
         self.fitter = Fitter(checkpoint, spec, variant, settings, self.ledger, self.half, bits)
         alike = spec.name == checkpoint.format  # a cache's scales have a spelling in their own format only

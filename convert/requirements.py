@@ -376,11 +376,11 @@ def version_word(source: str) -> Requirement:
 
 
 def types(allowed: Iterable[str], source: str, mend: str) -> Requirement:
-    """msModelSlim types of linears."""
+    """msModelSlim types of linears, where a description says them."""
     fits = frozenset(allowed)
     return Requirement(
         "type",
-        by_layer(lambda layer: None if layer.type in fits else f"type {layer.type}"),
+        by_layer(lambda layer: None if layer.type in fits or not layer.type else f"type {layer.type}"),
         f"a type of {', '.join(sorted(fits))}",
         mend,
         source,

@@ -4,8 +4,9 @@
     python scripts/edge_table.py --write    writes docs/edges.md and the summary in README.md
 
 The zoo is a set of tiny checkpoints, one per scheme, written here as msModelSlim would and carried from there into every format
-that can hold them; act order, which msModelSlim has not, is written into a GPTQ folder. Each cell is what the plan of a real
-conversion says. tests/test_edges.py runs every edge and fails where table and behaviour differ.
+that can hold them; act order, which msModelSlim has not, is written into a GPTQ folder. Behind it come the fixtures with quantized
+inputs, KV cache and small floats, as the real tools wrote them. Each cell is what the plan of a real conversion says.
+tests/test_edges.py runs every edge and fails where table and behaviour differ.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ CONFIG = {
     "intermediate_size": INNER,
     "torch_dtype": "float16",
 }
+DIALECTS = {"msmodelslim:vllm-ascend", "msmodelslim:mindie"}
+"""Read as what they are dialects of."""
 QUIET = {"repack", "rebase-zero-point", "spell-zero-point", "spell-g_idx", "drop-zero-point", "dequantize"}
 """Moves that nearly every edge makes: not worth a word in a cell."""
 
@@ -68,6 +71,27 @@ ZOO = (
     Scheme("W8 group 128, symmetric", 8, 128),
     Scheme("W8 per channel, asymmetric", 8, 0, False),
 )
+
+
+@dataclass(frozen=True)
+class Goldens:
+    """What a real tool wrote: the folders of ``fixtures/<folder>``, by their names."""
+
+    name: str
+    folder: str
+    unreadable: tuple[str, ...] = ()
+
+    @property
+    def places(self) -> dict[str, Path]:
+        found = sorted((ROOT / "fixtures" / self.folder).iterdir())
+        return {path.name: path for path in found if not path.name.startswith(("src_", "edge_")) and path.name not in self.unreadable}
+
+
+GOLDENS = (
+    Goldens("As msModelSlim wrote it: quantized inputs and KV cache", "msmodelslim_w8", ("w8a8_numpy_fp16",)),
+    Goldens("As llm-compressor wrote it: compressed-tensors", "compressed_tensors"),
+)
+SECTIONS: tuple[Scheme | Goldens, ...] = (*ZOO, *GOLDENS)
 
 LINEARS = {
     "model.layers.0.self_attn.q_proj": (OUT, IN),
@@ -130,8 +154,10 @@ def variants() -> list[str]:
     return [f"{spec.name}:{variant.name}" for spec in FORMATS for variant in spec.variants if variant.holds is not None]
 
 
-def sources(folder: Path, scheme: Scheme) -> dict[str, Path]:
-    """The scheme in every format that holds it, by variant; scales keep their dtype."""
+def sources(folder: Path, scheme: Scheme | Goldens) -> dict[str, Path]:
+    """The scheme in every format that holds it, by variant; scales keep their dtype. Goldens by name."""
+    if isinstance(scheme, Goldens):
+        return scheme.places
     first = folder / "msmodelslim.safe_tensor"
     write_msmodelslim(first, scheme)
     if scheme.act_order:
@@ -144,7 +170,7 @@ def sources(folder: Path, scheme: Scheme) -> dict[str, Path]:
         return found
     found = {"msmodelslim:safe_tensor": first}
     for variant in variants():
-        if variant in found or variant.startswith("dense"):
+        if variant in found or variant in DIALECTS or variant.startswith("dense"):
             continue
         place = folder / variant.replace(":", ".")
         try:
@@ -154,6 +180,10 @@ def sources(folder: Path, scheme: Scheme) -> dict[str, Path]:
         if not {"repeat-scales", "split-groups", "widen-codes"} & set(result.plan.move_counts()):
             found[variant] = place  # spelled with other groups or bits it would be another scheme
     return found
+
+
+KEEP_WEIGHTS = {"quant-bias-rounded"}
+"""Losses after which the law's weights are what they were."""
 
 
 def outcome(decided: Plan) -> str:
@@ -167,9 +197,9 @@ def outcome(decided: Plan) -> str:
     return f"exact{by}"
 
 
-def edges(folder: Path) -> Iterator[tuple[Scheme, str, str, Path, Plan]]:
+def edges(folder: Path) -> Iterator[tuple[Scheme | Goldens, str, str, Path, Plan]]:
     """(scheme, source variant, target variant, source folder, plan) of every edge."""
-    for number, scheme in enumerate(ZOO):
+    for number, scheme in enumerate(SECTIONS):
         for source, place in sources(folder / str(number), scheme).items():
             for target in variants():
                 yield scheme, source, target, place, plan(place, target)
@@ -192,7 +222,8 @@ def render(cells: dict[str, dict[str, dict[str, str]]]) -> str:
         "Made by `scripts/edge_table.py`; `tests/test_edges.py` runs every edge. Rows are sources, columns targets. *exact*: every",
         "weight bit for bit, *by* a named move where groups or codes are spelled in another way. *rounded*: done by default, measured,",
         "refused by `--strict`. *refused*: by the code that `weighbridge plan` explains. A format that cannot hold a scheme as it is",
-        "has no row for it.",
+        "has no row for it. `vllm-ascend` and `mindie` are dialects that are read as what they are dialects of. The last two tables",
+        "start from the fixtures of those names, so that each of the tools' schemes is there.",
         "`dense` holds float16 here; with `--scale-dtype float32` it is exact.",
     ]
     for scheme, rows in cells.items():
@@ -217,14 +248,17 @@ def parse(text: str) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def summary(cells: dict[str, dict[str, dict[str, str]]]) -> str:
-    """README's table: per pair of formats, how many schemes are exact, rounded or refused, and by what."""
+    """README's table: per pair of formats, how many schemes (or fixtures) are exact, and what is refused by what."""
     targets = variants()
-    origins = [origin for origin in targets if any(origin in rows for rows in cells.values())]
+    origins = {origin: [rows[origin] for rows in cells.values() if origin in rows] for origin in targets}
+    origins |= {goldens.folder: list(cells[goldens.name].values()) for goldens in GOLDENS}
     lines = ["| from \\ to | " + " | ".join(targets) + " |", "|" + " --- |" * (len(targets) + 1)]
-    for origin in origins:
+    for origin, places in origins.items():
+        if not places:
+            continue
         row = []
         for target in targets:
-            found = [rows[origin][target] for rows in cells.values() if origin in rows]
+            found = [one[target] for one in places]
             exact = sum(cell.startswith("exact") for cell in found)
             refused = sorted({code for cell in found if cell.startswith("refused") for code in cell.split(": ")[1].split(", ")})
             row.append(f"{exact} of {len(found)} exact" + (f"; refuses {', '.join(refused)}" if refused else ""))

@@ -19,6 +19,14 @@ from formats.patterns import Budget, Pattern
 from formats.safetensors_file import parse_header
 
 Target = Callable[[bytes, Path], None]
+
+
+def compressed() -> Files:
+    """A folder that compressed-tensors wrote."""
+    folder = FIXTURES / "compressed_tensors" / "w8a8_static_asym_fp16"
+    return {name: (folder / name).read_bytes() for name in (CONFIG, MODEL)}
+
+
 CHOICES: tuple[tuple[Callable[[], Files], str], ...] = (
     (awq, CONFIG),
     (gptq, CONFIG),
@@ -27,6 +35,7 @@ CHOICES: tuple[tuple[Callable[[], Files], str], ...] = (
     (slim, DESCRIPTION),
     (slim, CONFIG),
     (shards, INDEX),
+    (compressed, CONFIG),
 )
 """Sound folders, and in each the JSON file that fuzzing replaces."""
 
@@ -55,7 +64,12 @@ def patterns(data: bytes, place: Path) -> None:
     Pattern(text).matches(name, Budget(100_000))
 
 
-TARGETS: dict[str, Target] = {"header": header, "documents": documents, "weights": weights, "patterns": patterns}
+def pickles(data: bytes, place: Path) -> None:
+    """A file of msModelSlim's numpy folders, in which a pickle lies."""
+    _commands({"quant_weight.npy": data, CONFIG: b"{}"}, place)
+
+
+TARGETS: dict[str, Target] = {"header": header, "documents": documents, "weights": weights, "patterns": patterns, "pickles": pickles}
 
 
 def _commands(files: Files, place: Path) -> None:
@@ -90,6 +104,11 @@ def seeds(target: str) -> Iterator[bytes]:
             content = path.read_bytes()
             if len(content) < 1 << 14:
                 yield content[:2] + (b"g" if b"g_idx" in content else b"a") + content[8:]
+    elif target == "pickles":
+        for path in FIXTURES.glob("msmodelslim_w8/*/*.npy"):
+            content = path.read_bytes()
+            if len(content) < 1 << 16:
+                yield content
     else:
         for path in FOLDER.glob(f"*/{CONFIG}"):
             rules = _rules(path)
