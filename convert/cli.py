@@ -489,6 +489,7 @@ def _print_serving(report: Any) -> None:
     table = [
         ["positions", f"{report.positions} of {report.prompts} prompts", ""],
         ["largest difference of a log-probability", f"{report.max_difference:.3g}", _below(gate and gate.difference)],
+        ["... of the median position", f"{report.typical_difference:.3g}", _below(gate and gate.typical)],
         ["mean KL divergence, nats", f"{report.kl:.3g}", _below(gate and gate.kl)],
         ["same likeliest token", f"{report.top1} of {report.positions}", ""],
         ["greedy tokens equal", f"{report.greedy_equal} of {report.greedy_tokens}", "all, or a tie" if gate and gate.greedy else ""],

@@ -30,6 +30,7 @@ from formats.errors import RefusedError, UsageError
 
 AWQ = FIXTURES / "awq_gptq" / "awq_gemm_g128_zp"
 GPTQ = FIXTURES / "awq_gptq" / "gptq_v1_4b_g128_sym"
+CT = FIXTURES / "compressed_tensors"
 ENGINE = """#!{python}
 import json, os, sys, time
 if sys.argv[1] == "-c":
@@ -177,11 +178,23 @@ def test_a_tie_is_no_failure(pretend: Pretend) -> None:
 
 
 def test_without_a_gate_there_are_figures() -> None:
-    assert judge(None, 100.0, 5.0, 3) == []
-    assert judge(None, float("nan"), 5.0, 0) == ["log-probabilities that are not finite"]
-    assert judge(Gate(None, None), 100.0, 5.0, 0) == []
-    assert judge(Gate(None, None, greedy=False), 100.0, 5.0, 9) == []
-    assert judge(Gate(1e-4, None), 100.0, 1e-4, 0) == ["mean KL 0.0001, wanted less than 0.0001"]
+    assert judge(None, 100.0, 9.0, 5.0, 3) == []
+    assert judge(None, float("nan"), 9.0, 5.0, 0) == ["log-probabilities that are not finite"]
+    assert judge(Gate(None, None), 100.0, 9.0, 5.0, 0) == []
+    assert judge(Gate(None, None, greedy=False), 100.0, 9.0, 5.0, 9) == []
+    assert judge(Gate(1e-4, None), 100.0, 9.0, 1e-4, 0) == ["mean KL 0.0001, wanted less than 0.0001"]
+    (failed,) = judge(Gate(None, None, typical=1e-2), 100.0, 1e-2, 1e-4, 0)
+    assert failed == "a log-probability of the median position 0.01 off, wanted less than 0.01"
+
+
+def test_one_activation_that_turned_is_no_failure(pretend: Pretend) -> None:
+    """Of quantized inputs the median position is judged, which a wrong scale would move."""
+    case = CT / "w8a8_static_sym_bf16"
+    report = serve_check(case, python=pretend(change="scores[5, 5] -= 0.2 * (role == 'vllm')"))
+    assert (report.ok, report.typical_difference) == (True, 0)
+    assert report.max_difference == pytest.approx(0.2, rel=1e-3)
+    report = serve_check(case, python=pretend(change="scores[:95, 5] -= 0.02 * (role == 'vllm')"))
+    assert [one.partition(" 0")[0] for one in report.failed] == ["a log-probability of the median position"]
 
 
 def test_an_engine_that_fails(pretend: Pretend) -> None:
@@ -385,9 +398,6 @@ def test_settings_of_vllm() -> None:
 def test_gptq_in_vllm_says_what_is_not_looked_at(pretend: Pretend) -> None:
     report = serve_check(GPTQ, python=pretend(), engine="vllm")
     assert any("neither the zero points nor g_idx" in note for note in report.notes)
-
-
-CT = FIXTURES / "compressed_tensors"
 
 
 @pytest.mark.parametrize(

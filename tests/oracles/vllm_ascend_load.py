@@ -23,6 +23,7 @@ detected    what vllm-ascend takes the folder for: "ascend" or null
 types       the type of every linear of vLLM's model, as the parser says
 shards      the checkpoint's linears of each, in order
 parameters  name -> [dtype, shape] of what the schemes want to load, by the checkpoint's names
+dtype       in which the model computes
 registered  the types of which the registry has schemes for linears
 refused     the error on which loading ended, "" if it did not; what follows the error is then missing above
 """
@@ -85,6 +86,7 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             module.__path__ = [str(SOURCES)]
         if module.__name__ == "vllm_ascend.utils":
             module.maybe_trans_nz = lambda weight: weight  # a layout of memory
+            module.oproj_tp_enable = module.mlp_tp_enable = lambda: False
             for node in ast.parse((SOURCES / "utils.py").read_text("utf-8")).body:
                 if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
                     (name,) = node.targets
@@ -158,9 +160,10 @@ def wanted(layer: LinearBase, shards: list[str]) -> dict[str, tuple[str, list[in
     rows = getattr(layer, "output_sizes", None) or [layer.output_size]
     found = {}
     for name, parameter in layer.named_parameters():
-        assert parameter.shape[0] == sum(rows), (name, parameter.shape)
+        whole = parameter.shape[0] == 1  # of all outputs
+        assert whole or parameter.shape[0] == sum(rows), (name, parameter.shape)
         for shard, out in zip(shards, rows, strict=True):
-            found[f"{shard}.{name}"] = (DTYPES[parameter.dtype], [out, *parameter.shape[1:]])
+            found[f"{shard}.{name}"] = (DTYPES[parameter.dtype], [1 if whole else out, *parameter.shape[1:]])
     return found
 
 
@@ -172,6 +175,7 @@ def load(folder: Path, says: dict[str, Any], weights: dict[str, torch.Tensor]) -
     ).create_engine_config()
     quantization = config.quant_config
     assert isinstance(quantization, modelslim_config.AscendModelSlimConfig)
+    says["dtype"] = DTYPES[config.model_config.dtype]
     with set_current_vllm_config(config):
         config.quant_config = None
         plain = build(config)  # in float, for the names of its linears
@@ -204,7 +208,8 @@ def main(folders: Path, out: Path) -> None:
         init_distributed_environment(1, 0, f"file://{meeting}/file", 0, "gloo")
         ensure_model_parallel_initialized(1, 1)
         for folder in sorted(folders.iterdir()):
-            says: dict[str, Any] = {"detected": None, "types": {}, "shards": {}, "parameters": {}, "registered": registered, "refused": ""}
+            says: dict[str, Any] = {"detected": None, "types": {}, "shards": {}, "parameters": {}, "registered": registered}
+            says |= {"dtype": "", "refused": ""}
             weights: dict[str, torch.Tensor] = {}
             try:
                 load(folder, says, weights)
