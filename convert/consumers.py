@@ -9,6 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .compressed_requirements import (
+    floats_ignored,
+    formats_said,
+    known_scheme,
+    kv_cache_in,
+    no_group_order,
+    one_input_scale,
+    packed_as_now,
+    symmetric_with_inputs,
+    whole_blocks,
+)
 from .requirements import (
     DOCTOR,
     FOR_VLLM_ASCEND,
@@ -25,26 +36,19 @@ from .requirements import (
     deq_scales,
     described,
     file_named,
-    floats_ignored,
     floats_named,
-    formats_said,
     fused_alike,
     groups,
     half_precision,
     keys,
-    known_scheme,
-    kv_cache_in,
     lm_head_float,
     lm_head_said,
     multiple,
     no_act_order,
-    no_group_order,
     not_per_channel,
     of,
     one_file,
-    one_input_scale,
     only_in,
-    packed_as_now,
     part,
     right_version,
     says_group_size,
@@ -54,12 +58,10 @@ from .requirements import (
     standard_names,
     sym_said,
     symmetric,
-    symmetric_with_inputs,
     types,
     value,
     variant,
     version_word,
-    whole_blocks,
     whole_groups,
     without_key,
 )
@@ -189,27 +191,27 @@ def _bfloat_model(facts: FolderFacts) -> list[tuple[str, str]]:
 
 
 _INTEGERS = "integers: packed per channel or group alone; 8 bits with inputs per token or static; 4 bits with inputs per token"
-_SPLIT_SCALE = "each shard of a fused linear writes one and the same input_scale (the last one stays); FP8 takes the largest"
 
 _VLLM_COMPRESSED = (
-    formats_said(VLLM + "pack-quantized is asked for by name"),
+    formats_said(CPU + '"No compressed-tensors compatible scheme was found": pack-quantized is asked for by name'),
     of(_is_int, bits((4, 8), VLLM + "others only with Humming on CUDA; " + CPU + "of packed ones 4 bits only")),
     known_scheme(
-        "scheme", _vllm_has_none, _INTEGERS + "; FP8 per tensor, channel or block; NVFP4, MXFP4, MXFP8",
-        VLLM + "_get_scheme_from_parts; FP4, MXFP8 and static FP8 on GPUs only (" + CPU + "no kernel); "
-        "4-bit integers with 8-bit inputs on CPU, XPU or with Humming; with FP8 inputs on Hopper only",
+        _vllm_has_none, _INTEGERS + "; FP8 per tensor, channel or block; NVFP4, MXFP4, MXFP8",
+        CPU + "NotImplementedError of packed weights per tensor; FP4, MXFP8 and static FP8 have kernels on GPUs only; "
+        + VLLM + "4-bit integers with 8-bit inputs on CPU, XPU or with Humming, with FP8 inputs on Hopper",
+        "one scale for a tensor: " + TO_GPTQ + ", which spells it for each channel; others: " + REQUANTIZE,
     ),
-    symmetric_with_inputs(CPU + '"No compressed-tensors compatible scheme was found"; W8A8 and W4A8'),
-    of(lambda layer: layer.weight_only and layer.bits == 4, groups((*MARLIN_GROUPS, 256), VLLM + "Marlin, and Triton's W4A16 for 256")),
-    of(lambda layer: layer.weight_only and layer.bits != 4, groups(MARLIN_GROUPS, VLLM + "Marlin")),
+    symmetric_with_inputs(CPU + '"No compressed-tensors compatible scheme was found" of W8A8; ' + VLLM + "of W4A8 too"),
+    of(lambda layer: layer.weight_only and layer.bits == 4, groups((*MARLIN_GROUPS, 256), VLLM + "4 bits: Marlin, Triton for 256")),
+    of(lambda layer: layer.weight_only and layer.bits != 4, groups(MARLIN_GROUPS, VLLM + "8 bits: Marlin")),
     no_group_order(CPU + '"group/dynamic activation ordering is no longer supported"'),
     of(lambda layer: layer.weight_only, multiple(32, 32, VLLM + "on CPU; GPUs pad")),
     of(_is_int, whole_groups(VLLM + "verify_group_size_divides_partition")),
     whole_blocks(CPU + '"Weight output_partition_size = 64 is not divisible by weight quantization block_n = 128"'),
-    fused_alike(VLLM + "one target must match all shards, or the class's group is taken; " + CPU + "mixed groups run", exactly=True),
-    one_input_scale(VLLM + _SPLIT_SCALE),
-    of(_in_words, scales(("F16", "BF16"), VLLM + "held in the model's dtype, float32 is rounded without a word")),
-    floats_ignored(VLLM + "what is not ignored is given quantized parameters that no tensor fills"),
+    fused_alike(CPU + "zero points in k_proj alone: AttributeError, since one target must match all shards", exactly=True),
+    one_input_scale(CPU + "of int8 shards' scales v_proj's is taken for all, without a word; " + VLLM + "FP8 takes the largest"),
+    of(_in_words, scales(("F16", "BF16"), CPU + "cast to the model's dtype without a word")),
+    floats_ignored(CPU + "loads without an error, and that linear's weights are never filled"),
     kv_cache_in(("tensor", "attn_head"), CPU + "NotImplementedError of int8"),
     of(lambda layer: layer.weight_only, half_precision(CPU + "cpu_gemm_wna16 not implemented for 'Float'")),
     standard_names("vllm 0.33.0 looks for model.safetensors or an index", TO_COMPRESSED),
@@ -219,7 +221,7 @@ _SGLANG_COMPRESSED = (
     formats_said(SGLANG + "pack-quantized is asked for by name"),
     of(_is_int, bits((4, 8), SGLANG + "WNA16_SUPPORTED_BITS")),
     known_scheme(
-        "scheme", _sglang_has_none,
+        _sglang_has_none,
         "packed integers per channel or group; 8-bit integers with inputs per token; FP8 per tensor, channel or block; NVFP4",
         SGLANG + "_get_scheme_from_parts; a static int8 scale is [1] and indexed by the shard, and inputs are measured anyway",
     ),
@@ -253,7 +255,7 @@ _TRANSFORMERS_COMPRESSED = (
 
 _ASCEND_COMPRESSED = (
     known_scheme(
-        "scheme", _ascend_has_none, "8 bits per channel with symmetric inputs per token; MXFP8 or MXFP4 with inputs alike",
+        _ascend_has_none, "8 bits per channel with symmetric inputs per token; MXFP8 or MXFP4 with inputs alike",
         ASCEND + "W4A16 and W4A8 are registered for experts only; a static scale leaves input_offset unset",
         "of integers: " + FOR_VLLM_ASCEND,
     ),

@@ -161,7 +161,8 @@ class ServeReport:
 
     kind             what is quantized, as ``GATES`` has it
     positions        positions of the prompts, with a full row of log-probabilities each
-    max_difference   the largest difference of a log-probability; typical_difference: the median over positions of the largest in each; kl: mean divergence in nats; top1: positions with the same likeliest token
+    max_difference   the largest difference of a log-probability; typical_difference: the median over positions of the largest in each
+    kl, top1         mean divergence in nats; positions with the same likeliest token
     logit_std        standard deviation of the reference's log-probabilities
     greedy_equal     of ``greedy_tokens`` those before the first difference in each prompt; ties: prompts whose first difference is between
                      tokens that lie closer together in the reference than twice the largest difference

@@ -14,6 +14,11 @@ from convert.consumers import CONSUMERS
 PAGE = Path(__file__).parent.parent / "docs" / "consumers.md"
 
 
+def cell(text: str) -> str:
+    """``text`` within a table."""
+    return text.replace("|", "\\|")
+
+
 def render() -> str:
     """The page, from the same table that ``check`` and ``plan`` use."""
     lines = [
@@ -26,7 +31,7 @@ def render() -> str:
         lines += ["", f"## {consumer.name} {consumer.version}"]
         for format, rows in consumer.formats.items():
             lines += ["", f"### {format}", "", "| code | wanted | how it is known |", "| --- | --- | --- |"]
-            lines += [f"| {row.code} | {row.wanted} | {row.source} |" for row in rows]
+            lines += [f"| {row.code} | {cell(row.wanted)} | {cell(row.source)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -576,8 +576,6 @@ class Task:
             yield "lm-head"
         if layer.order is not None and not holds.act_order:
             yield "act-order"
-        if self.model.format == "gptq" and layer.groups > 1 and not holds.act_order and quantization_config(self.model)["desc_act"]:
-            yield "act-order"
         if self.group is None or (layer.order is not None and self.group not in {0, layer.group}):
             yield "group-size"
         half = 1 << max(bits, layer.bits) - 1

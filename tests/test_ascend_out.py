@@ -272,7 +272,7 @@ UNMET: dict[str, tuple[Path, str, str, dict[str, Any], set[str]]] = {
     "autogptq reads v1 only": (AWQ_GPTQ / "awq_gemm_g128_zp", "gptq", "autogptq", {}, {"variant"}),
     "vllm reads symmetric gptq": (AWQ_GPTQ / "gptq_v1_4b_g128_asym", "gptq", "vllm", {}, {"symmetric"}),
     "vllm reads no msmodelslim": (AWQ_GPTQ / "awq_gemm_g128_zp", "msmodelslim", "vllm", {}, {"format"}),
-    "a named variant is not exchanged": (AWQ_GPTQ / "awq_gemm_g128_zp", "msmodelslim:safe_tensor", "vllm-ascend", {}, {"file-names", "type"}),
+    "a named variant is kept": (AWQ_GPTQ / "awq_gemm_g128_zp", "msmodelslim:safe_tensor", "vllm-ascend", {}, {"file-names", "type"}),
     "vllm wants symmetric W8A8": (COMPRESSED / "w8a8_dynamic_wasym_fp16", "compressed-tensors", "vllm", {}, {"symmetric"}),
 }  # fmt: skip
 
@@ -297,7 +297,7 @@ def test_what_the_consumer_finds_is_not_refused() -> None:
 
 
 def test_an_unknown_consumer_is_a_usage_error_that_lists_them() -> None:
-    with pytest.raises(UsageError, match="there is no such consumer; there are .*vllm-ascend, mindie"):
+    with pytest.raises(UsageError, match=r"there is no such consumer; there are .*vllm-ascend, mindie"):
         plan(AWQ_GPTQ / "awq_gemm_g128_zp", "msmodelslim", consumer="ollama")
 
 

@@ -18,8 +18,8 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from convert.cli import app
-from convert.options import Options
 from convert.ms_to_vllm import app as ms_to_vllm_app
+from convert.options import Options
 
 VERBS = ("formats", "inspect", "plan", "convert", "verify", "fingerprint", "check", "doctor", "clean", "serve-check")
 HOMES = {"inspect": "inspection", "plan": "plan", "convert": "run", "verify": "proof", "fingerprint": "proof"}
