@@ -29,6 +29,12 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Linears that engines fuse into one, by leaf name: their schemes must agree."""
 
 
+def fused_name(name: str) -> str:
+    """What engines call the matrix that linear ``name`` becomes a part of; its own name if it stays alone."""
+    parent, _, leaf = name.rpartition(".")
+    return next((f"{parent}.{'+'.join(fused)}" for fused in FUSED if leaf in fused), name)
+
+
 class Ledger:
     """What planning found so far: refusals, losses by code with their size and place, and layers worth a note."""
 
@@ -178,12 +184,12 @@ class Fitter:
         moves = (*moves, "merge-scales") if merged else moves
         bias_dtype = None if header.bias_dtype is None else self._bias_dtype(header.bias_dtype, inputs is not None)
         stored = "F32" if merged else header.scale_dtype
-        scale_dtype = self._scale_dtype(stored, target_args.strategy == "channel", inputs is not None)
+        scale_dtype = self._scale_dtype(stored, target_args.strategy == "channel", inputs is not None and target_args.bits == 8)
         input_dtype = None
         if inputs is not None and header.input_dtype is not None:
             input_dtype = self._scale_dtype(header.input_dtype, True, True)
         if not ({"keep", scale_dtype} & set(holds.scale_dtypes)):
-            offers = f"stores them in {' or '.join(TORCH_NAMES[dtype] for dtype in holds.scale_dtypes)}"
+            offers = f"stores them in {' or '.join(TORCH_NAMES[dtype] for dtype in holds.scale_dtypes if dtype in TORCH_NAMES)}"
             hint = "leave --scale-dtype out: rounding is measured, and what rounds too much is refused"
             self.ledger.refuse("scale-dtype", name, f"scales in {TORCH_NAMES[scale_dtype]}", offers, hint)
         scheme = self.one(QuantScheme(target_args, inputs))
@@ -217,7 +223,9 @@ class Fitter:
         args, in_ = header.scheme.weights, header.shape[1]
         if self.dense:
             return ("dequantize",), args, 1
-        kept = args.strategy in self.holds.strategies and (args.element != "int" or args.strategy == "tensor")
+        # One scale of a whole tensor is kept where inputs are quantized too; engines' kernels for weights alone want one per channel.
+        whole = args.strategy == "tensor" and header.inputs is not None
+        kept = args.strategy in self.holds.strategies and (args.element != "int" or whole)
         if kept or args.element != "int":
             if not kept:
                 hint = "convert to dense"

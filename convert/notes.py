@@ -45,4 +45,6 @@ def notes_of(
     if spec.name == "gptq" and model.layers and not all(layer.scheme.weights.symmetric for layer in model.layers) and not ledger.refusals:
         readers = "GPTQModel and transformers" if variant.name == "v2" else "AutoGPTQ and transformers (GPTQModel: with --to gptq:v2)"
         found.append(f"some layers have zero points: vLLM and SGLang read only symmetric GPTQ; {readers} read this")
+    if spec.name == "compressed-tensors" and any(layer.scheme.weights.actorder == "group" for layer in model.layers):
+        found.append("act order by groups (g_idx): compressed-tensors up to 0.18 reads this; vLLM and newer versions do not")
     return found

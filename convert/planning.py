@@ -26,7 +26,7 @@ from formats.layouts import expect_work
 from formats.safetensors_file import DTYPES, OutputFile, lay_out
 from formats.spec import Capabilities, FormatSpec, ModelFacts, Variant, input_kind
 
-from .fitting import REQUANTIZABLE, Fitter, Header, Ledger, header_of
+from .fitting import REQUANTIZABLE, Fitter, Header, Ledger, fused_name, header_of
 from .matrices import scales_of
 from .memory import header_bytes, share
 from .notes import notes_of
@@ -126,6 +126,7 @@ class Planner:
         expect_work(sum(layer.target.shape[0] * layer.target.shape[1] for layer in layers))
         facts = self._probe(layers) if probe else {}  # refused or not: an unreadable source is said first
         layers = [self._apply(layer, facts[layer.target.name]) if facts else layer for layer in layers]
+        layers = self._declare_alike(layers)
         self._choose_variant(facts)
         losses = self._judge_losses()
         by_name = {layer.target.name: layer for layer in layers}
@@ -279,6 +280,21 @@ class Planner:
         if found is not None:
             self.ledger.refuse(found.code, name, found.needs, found.offers, found.hint)
         return replace(plan, target=target, source=self.fitter.one(source), moves=self.fitter.one(moves))
+
+    def _declare_alike(self, layers: list[LayerPlan]) -> list[LayerPlan]:
+        """Where zero points may be left unsaid, a symmetric layer that engines fuse with an asymmetric one says its own."""
+        if "zero_points" not in self.holds.omits:
+            return layers
+        asymmetric = {fused_name(layer.target.name) for layer in layers if not layer.target.scheme.weights.symmetric}
+        found = []
+        for layer in layers:
+            args = layer.target.scheme.weights
+            if args.symmetric and args.element == "int" and fused_name(layer.target.name) in asymmetric:
+                scheme = self.fitter.one(replace(layer.target.scheme, weights=replace(args, symmetric=False)))
+                moves = tuple("spell-zero-point" if move == "drop-zero-point" else move for move in layer.moves)
+                layer = replace(layer, target=replace(layer.target, scheme=scheme), moves=moves)
+            found.append(layer)
+        return found
 
     def _choose_variant(self, facts: dict[str, Facts]) -> None:
         """The first variant that holds every zero point, unless the user named one."""

@@ -5,7 +5,8 @@ these with the names, types and config keys that an engine looks for:
 
 - ``vllm-ascend`` is ascendv1 with the types that vllm-ascend 0.30 registers for linears, spelled as its parameters are: W8A16, W8A8,
   W8A8_DYNAMIC and W8A8_MIX with one scale per channel, in the model's dtype. 4-bit codes per channel go into 8 bits.
-- ``mindie`` is safe_tensor, and config.json says ``quantize`` and the group size.
+- ``mindie`` is safe_tensor with the description's name that MindIE-LLM looks for first, and config.json says ``quantize`` and the
+  group size, which is 0, 64, 128 or 256.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def quantization_config(model: ModelFacts, variant: str) -> tuple[Mapping[str, A
         for spec in outputs(layers[name], variant):
             description[spec.name] = "FLOAT" if spec.part == "bias" else type_of(layers[name], variant)
     description |= {name: str(model.said.get("kv_cache_type", "C8")) for name in model.attention}
-    suffix = "" if variant in _PACKED else f"_{kind.lower()}"
+    suffix = f"_{kind.lower()}" if variant == "safe_tensor" else ""
     config = None
     if variant == "mindie":
         kv = model.said.get("kv_quant_type") if model.attention else None
@@ -176,7 +177,7 @@ VARIANTS = (
         ),
         "vllm-ascend",
     ),
-    Variant("mindie", "safe_tensor, with MindIE's keys in config.json", _HOLDS, "MindIE"),
+    Variant("mindie", "safe_tensor, with MindIE's names and keys", replace(_HOLDS, group_sizes=(256, 128, 64)), "MindIE"),
     Variant("v1", "command line (modelslim_v1)", None),
     Variant("numpy", "Python API, save_type numpy: dictionaries in .npy files", None),
 )

@@ -121,8 +121,8 @@ class Capabilities:
     omits                        parts that are left out where they say nothing: "zero_points" that are all 0, a regular "g_idx"
     act_order                    kinds of irregular g_idx
     scale_dtypes                 safetensors names; the first is what its loaders want; "keep": as they are; "model": as they are, but
-                                 float32 in the model's half precision; "half": the same, but of layers whose inputs are quantized as
-                                 they are
+                                 float32 in the model's half precision; "half": the same, but 8-bit layers whose inputs are quantized
+                                 keep them
     inputs                       kinds of input quantization that it holds; outer: holds two-level scales of integer codes
     multiple_of                  (out, in) must be multiples of these
     mixed_groups                 whether layers may have different group sizes within one folder

@@ -261,8 +261,9 @@ class TestItsDefects:
     def test_w8a8_is_not_passed_through(self, tmp_path: Path, target: str, mode: str) -> None:
         """What quantizes the inputs of 10 layers has no place in either format, and is not left out unasked."""
         weights, description = files_of(CASES / "w8a8_mix_cfg_fp16")
+        where: dict[str, Any] = {mode: tmp_path / "out"}
         with pytest.raises(RefusedError) as caught:
-            ms_to_vllm(weights, description, target_tool=target, **{mode: tmp_path / "out"})
+            ms_to_vllm(weights, description, target_tool=target, **where)
         assert {"activations-dropped"} <= codes_of(caught) <= {"activations-dropped", "bits", "fused"}
         (dropped,) = [refusal for refusal in caught.value.refusals if getattr(refusal, "code", "") == "activations-dropped"]
         assert "will be computed in float (in 10 places)" in str(dropped)
@@ -274,7 +275,8 @@ class TestItsDefects:
     def test_w8a8_goes_to_compressed_tensors_with_its_inputs(self, tmp_path: Path, mode: str) -> None:
         folder = FIXTURES / "msmodelslim_w8" / "w8a8_static_bf16"
         weights, description = files_of(folder)
-        ms_to_vllm(weights, description, target_tool="compressed-tensors", **{mode: tmp_path / "out"})
+        where: dict[str, Any] = {mode: tmp_path / "out"}
+        ms_to_vllm(weights, description, target_tool="compressed-tensors", **where)
         ours = read_safetensors(tmp_path / "out" / "model.safetensors" if mode == "output_dir" else tmp_path / "out")
         theirs = read_safetensors(weights)
         layers = [name.removesuffix(".weight") for name, array in theirs.items() if array.dtype == np.int8]

@@ -75,6 +75,7 @@ def decoded(folder: Path) -> dict[str, Decoded]:
         codes = tensors[key]
         if type_ == "W4A8_DYNAMIC" and "version" in description:
             codes = np.stack([(codes << 4) >> 4, codes >> 4], axis=1).reshape(-1, codes.shape[1])
+        scale: Array
         if "weight_scale" in part:
             scale = part["weight_scale"].reshape(-1, 1)
         else:
@@ -82,7 +83,7 @@ def decoded(folder: Path) -> dict[str, Decoded]:
             if product.dtype == np.int64:
                 product = np.array([int(value) & 0xFFFFFFFF for value in product], np.uint32).view(np.float32)
             scale = (product / part["input_scale"]).reshape(-1, 1)
-        zero = part.get("weight_offset", np.zeros(1, np.float32)).reshape(-1, 1)
+        zero: Array = part.get("weight_offset", np.zeros(1, np.float32)).reshape(-1, 1)
         if "weight_scale_second" in part:
             size = codes.shape[1] // part["weight_scale_second"].shape[1]
             assert not zero.any()
@@ -478,9 +479,10 @@ def plus(tensor: str, step: float, index: int = 3) -> Callable[[Tensors], None]:
     return change
 
 
-LIES = {
+LIES: dict[str, Callable[[Tensors], None]] = {
     "quant_bias": plus(f"{Q_PROJ}.quant_bias", 5000),
     "quant_bias of a layer without bias": plus(f"{DOWN}.quant_bias", 2),
+    "deq_scale of a layer without bias": times(f"{DOWN}.deq_scale", 1.02),
     "deq_scale": times(f"{Q_PROJ}.deq_scale", 1.02),
     "bias": times(f"{Q_PROJ}.bias", 1.5),
     "weight_scale": times(f"{Q_PROJ}.weight_scale", 2),

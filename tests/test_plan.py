@@ -443,7 +443,7 @@ def described(description: Path, folder: Path) -> Path:
     types = {key: type_ for key, type_ in content.items() if "." in key}
     source = Source(types=types, top={key: value for key, value in content.items() if "." not in key}, config={"model_type": "qwen2"})
     rows = 16 if "version" in content and "W4A8_DYNAMIC" in types.values() else 32
-    parts = {
+    parts: dict[str, np.ndarray] = {
         "weight_scale": np.ones((32, 1), np.float32),
         "weight_offset": np.zeros((32, 1), np.float32),
         "weight_scale_second": np.ones((32, 4), np.float32),

@@ -62,8 +62,10 @@ def lanes(words: Array, bits: int) -> Array:
 
 def weights_of(source: Path) -> dict[str, Array]:
     """{layer: float32 weights [out, in]}, each product rounded to float32 once."""
-    tensors, found = tensors_of(source), {}
+    tensors = tensors_of(source)
+    found: dict[str, Array] = {}
     for key in tensors:
+        scales: Array
         name, _, leaf = key.rpartition(".")
         part = {other.rpartition(".")[2]: tensors[other] for other in tensors if other.rpartition(".")[0] == name}
         if leaf == "qweight":
