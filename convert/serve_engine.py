@@ -2,7 +2,7 @@
 
     python serve_engine.py JOB.json
 
-It imports nothing of Weighbridge, which that interpreter does not have; ``serving`` writes the job and reads the answer. The job
+It imports nothing of Weighbridge, which that interpreter does not have; ``serving`` writes the job, ``serving_children`` runs it and reads the answer. The job
 is a JSON object:
 
 | key | |

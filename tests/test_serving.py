@@ -22,9 +22,13 @@ from checkpoints import FIXTURES, model, write_msmodelslim
 from typer.testing import CliRunner
 
 import convert
-from convert import serving
 from convert.cli import app
-from convert.serving import EngineFailedError, Environment, Gate, engine_settings, judge, look, read_prompts, serve_check
+from convert.serving import serve_check
+from convert.serving_children import SCRIPT, EngineFailedError, engine_settings
+from convert.serving_engines import Environment, choose, look
+from convert.serving_figures import Gate, judge
+from convert.serving_prompts import random_prompts, read_prompts
+from convert.serving_schemes import activations_of, kind_of
 from formats import open_checkpoint
 from formats.errors import RefusedError, UsageError
 
@@ -308,7 +312,7 @@ def test_the_real_probe() -> None:
 )
 def test_the_first_engine_that_has_nothing_against_the_folder(packages: dict[str, str], folder: Path, engine: str) -> None:
     environments = [Environment("first", {}), *(Environment(name, {name: version}) for name, version in packages.items())]
-    chosen, where = serving._choose(None, environments, folder, open_checkpoint(folder))
+    chosen, where = choose(None, environments, folder, open_checkpoint(folder))
     assert (chosen, where.python) == (engine, engine)
 
 
@@ -350,9 +354,9 @@ def test_transformers_alone_reads_neither_awq_nor_gptq() -> None:
     alone = Environment("alone", {"transformers": "5.19", "torch": "2"})
     folder = FIXTURES / "awq_gptq" / "gptqmodel_v2_3b_g128"  # which vLLM refuses
     with_vllm = Environment("both", {**alone.packages, "vllm": "0.33"})
-    assert serving._choose(None, [with_vllm], folder, open_checkpoint(folder)) == ("vllm", with_vllm)
+    assert choose(None, [with_vllm], folder, open_checkpoint(folder)) == ("vllm", with_vllm)
     with pytest.raises(UsageError, match="no engine that reads gptq was found in alone"):
-        serving._choose(None, [alone], folder, open_checkpoint(folder))
+        choose(None, [alone], folder, open_checkpoint(folder))
 
 
 def test_a_format_that_no_engine_reads(pretend: Pretend, tmp_path: Path) -> None:
@@ -414,8 +418,8 @@ def test_gptq_in_vllm_says_what_is_not_looked_at(pretend: Pretend) -> None:
 )
 def test_how_inputs_are_quantized(pretend: Pretend, tmp_path: Path, case: str, kind: str, fact: dict[str, Any] | None) -> None:
     found = open_checkpoint(CT / case)
-    assert serving.kind_of(found) == kind
-    facts = serving.activations_of(found, found)
+    assert kind_of(found) == kind
+    facts = activations_of(found, found)
     if fact is None:
         assert facts == {}
         return
@@ -461,11 +465,11 @@ def test_the_mode_of_a_mix_is_the_served_folders() -> None:
     mix = open_checkpoint(FIXTURES / "msmodelslim_w8" / "w8a8_pdmix_ascendv1_bf16")
     static = open_checkpoint(FIXTURES / "msmodelslim_w8" / "w8a8_static_bf16")
     name = "model.layers.0.self_attn.q_proj"
-    assert serving.activations_of(mix, mix)[name] == {
+    assert activations_of(mix, mix)[name] == {
         "element": "int", "bits": 8, "dynamic": True, "strategy": "token", "symmetric": True,
     }  # fmt: skip
-    assert serving.activations_of(mix, static)[name]["dynamic"] is False
-    assert serving.activations_of(mix, static)[name]["scale"] == serving.activations_of(static, static)[name]["scale"]
+    assert activations_of(mix, static)[name]["dynamic"] is False
+    assert activations_of(mix, static)[name]["scale"] == activations_of(static, static)[name]["scale"]
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------------
@@ -487,9 +491,9 @@ def test_own_prompts(pretend: Pretend, tmp_path: Path) -> None:
 
 
 def test_random_prompts_are_in_the_vocabulary() -> None:
-    assert {one for ids in serving.random_prompts(2, 48) for one in ids} <= {0, 1}
-    assert max(one for ids in serving.random_prompts(100, 48) for one in ids) < 100
-    assert serving.random_prompts(100, 48) == serving.random_prompts(100, 48)
+    assert {one for ids in random_prompts(2, 48) for one in ids} <= {0, 1}
+    assert max(one for ids in random_prompts(100, 48) for one in ids) < 100
+    assert random_prompts(100, 48) == random_prompts(100, 48)
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
@@ -566,7 +570,7 @@ def run_script(tmp_path: Path, modules: dict[str, str], job: dict[str, Any]) -> 
     order = tmp_path / "job.json"
     order.write_text(json.dumps({"answer": str(tmp_path / "answer.json"), "scores": str(tmp_path / "scores.npy"), **job}))
     return subprocess.Popen(
-        [sys.executable, str(serving.SCRIPT), str(order)],
+        [sys.executable, str(SCRIPT), str(order)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -629,6 +633,6 @@ def test_the_script_does_not_outlive_its_parent(tmp_path: Path) -> None:
 
 def test_the_script_imports_nothing_of_ours() -> None:
     """Its folder is not on the path of the engine's interpreter: its modules have everyday names."""
-    text = serving.SCRIPT.read_text("utf-8")
+    text = SCRIPT.read_text("utf-8")
     assert "from ." not in text
     assert "import formats" not in text

@@ -1,0 +1,50 @@
+"""Quantize a model in PyTorch as msModelSlim does: the same classes, arguments and defaults, and the same numbers.
+
+::
+
+    from quantize import AntiOutlier, AntiOutlierConfig, Calibrator, QuantConfig
+
+torch and transformers come with the extra ``[quantize]``. They are imported when a class that needs them is first used; the two
+configs need neither.
+
+===================  ==========================================================================================
+``config``           ``QuantConfig``, ``AntiOutlierConfig``: every argument, its default, and what may go together
+``devices``          the only module that names a device
+``rounding``         weights -> codes, scales, offsets
+``observers``        what calibration remembers of activations, and the scales that follow
+``fake``             the linear that takes a quantized layer's place in the caller's model
+``calibrator``       ``Calibrator``: which layers, calibration, results
+``anti_outlier``     ``AntiOutlier``: smoothing before quantization
+===================  ==========================================================================================
+
+The numbers follow msModelSlim 26.1.0, whose kernels are compiled: each formula was read off the tensor operations that the real
+tool runs, and is tested against files that it wrote.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .anti_outlier import AntiOutlier
+    from .calibrator import Calibrator
+    from .config import AntiOutlierConfig, QuantConfig
+
+__all__ = ["AntiOutlier", "AntiOutlierConfig", "Calibrator", "QuantConfig"]
+
+_HOMES = {
+    "AntiOutlier": "anti_outlier",
+    "AntiOutlierConfig": "config",
+    "Calibrator": "calibrator",
+    "QuantConfig": "config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a class's module when the class is first used, so that the configs need no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'quantize' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
