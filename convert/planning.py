@@ -169,7 +169,8 @@ class Planner:
             derived = self.spec.derived(layer, kind, asked if "deq_scale" in layer.extras else asked or self.half)
             headers.append(header_of(layer, self.fitter.one(layer.scheme), self.fitter.one(derived)))
             for part, extra in layer.extras.items():
-                if extra.kind == "functional":
+                # What belongs to the inputs' quantization goes with it: carried by its own format, dropped by name elsewhere.
+                if extra.kind == "functional" and not part.startswith("input_"):
                     self._refuse_functional(f"{name}.{part}")
         return headers
 

@@ -2,8 +2,8 @@
 
     python serve_engine.py JOB.json
 
-It imports nothing of Weighbridge, which that interpreter does not have; ``serving`` writes the job, ``serving_children`` runs it and reads the answer. The job
-is a JSON object:
+It imports nothing of Weighbridge, which that interpreter does not have; ``serving`` says what is asked, ``serving_children`` runs this
+and reads the answer. The job is a JSON object:
 
 | key | |
 | --- | --- |

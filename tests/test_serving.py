@@ -14,8 +14,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import FIXTURES, model, write_msmodelslim
@@ -23,6 +25,7 @@ from typer.testing import CliRunner
 
 import convert
 from convert.cli import app
+from convert.serve_engine import quantize_inputs
 from convert.serving import serve_check
 from convert.serving_children import SCRIPT, EngineFailedError, engine_settings
 from convert.serving_engines import Environment, choose, look
@@ -636,3 +639,61 @@ def test_the_script_imports_nothing_of_ours() -> None:
     text = SCRIPT.read_text("utf-8")
     assert "from ." not in text
     assert "import formats" not in text
+
+
+class Tensor(np.ndarray[Any, Any]):
+    """As much of torch.Tensor as ``quantize_inputs`` uses."""
+
+    def float(self) -> Any:
+        return self.astype(np.float32)
+
+    def to(self, dtype: Any) -> Any:
+        return self.astype(dtype)
+
+    def abs(self) -> Any:
+        return np.abs(self)
+
+    def amax(self, dim: int | None = None, keepdim: bool = False) -> Any:
+        return self.max(axis=dim, keepdims=keepdim).view(Tensor)
+
+    def amin(self, dim: int | None = None, keepdim: bool = False) -> Any:
+        return self.min(axis=dim, keepdims=keepdim).view(Tensor)
+
+    def clamp(self, min: Any = None, max: Any = None) -> Any:
+        return np.clip(self, min, max)
+
+
+def tensor(values: Any, dtype: Any = np.float32) -> Any:
+    return np.array(values, dtype).view(Tensor)
+
+
+INT8 = {"element": "int", "bits": 8}
+MEASURED = {**INT8, "dynamic": True, "symmetric": True, "strategy": "token"}
+FOUND = {**INT8, "dynamic": False}
+X = [[127.0, 1.4, -3.6], [12.7, 0.26, -0.04]]
+
+
+@pytest.mark.parametrize(
+    ("x", "facts", "wanted"),
+    [
+        (X, MEASURED, [[127, 1, -4], [12.7, 0.3, 0]]),  # steps of 1 and of 0.1
+        (X, {**MEASURED, "strategy": "tensor"}, [[127, 1, -4], [13, 0, 0]]),
+        (X, {**MEASURED, "steps": 127.5}, [[126.50196, 0.996078, -3.984314], [12.650196, 0.298824, 0]]),
+        ([[0.0, 0.0]], MEASURED, [[0, 0]]),
+        # 255 steps of 1 from -100 to 155
+        ([[-100.0, 0.6, 155.0]], {**MEASURED, "symmetric": False}, [[-100, 1, 155]]),
+        (X, {**FOUND, "scale": tensor([0.5])}, [[63.5, 1.5, -3.5], [12.5, 0.5, 0]]),
+        ([[100.0, -7.0, -3.4]], {**FOUND, "scale": tensor([0.5]), "zero_point": tensor([-120])}, [[100, -4, -3.5]]),
+        (X[:1], {**FOUND, "scale": tensor([1.0]), "smooth": tensor([0.5, 1.0, 10.0])}, [[128, 1, -3.6]]),
+        ([[500.0, 0.3, -0.3]], {"element": "e4m3", "dynamic": False, "scale": tensor([1.0])}, [[448, 0.3125, -0.3125]]),
+    ],
+)
+def test_inputs_are_quantized_as_their_facts_say(x: list[list[float]], facts: dict[str, Any], wanted: list[list[float]]) -> None:
+    torch = SimpleNamespace(float8_e4m3fn=ml_dtypes.float8_e4m3fn)
+    for dtype in (np.float32, np.float16):
+        given = tensor(x, dtype)
+        before = given.copy()
+        found = quantize_inputs(torch, given, facts)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=1e-6 if dtype == np.float32 else 2e-3)
+        np.testing.assert_array_equal(given, before)

@@ -231,7 +231,8 @@ def ask(tool: Tool, root: Path, cases: Mapping[str, Case], dtype: str, amx: bool
         if kind in TINYLMS and not source.exists():
             quantize_tinylm(source, kind)
         base = None if case.base is None else ROOT / case.base
-        convert(source, root / name, to=case.to, base_model=base)
+        # vLLM's kernel for 4 bits with quantized inputs rounds float32 scales to bfloat16 itself.
+        convert(source, root / name, to=case.to, base_model=base, scale_dtype="float32" if name in FOUR_BITS else None)
         write_reference(source, base, root / f"{name}_reference", narrow=case.inputs == "asymmetric")
         prompt = INPUTS["prompt"] if kind in TINYLMS else list(map(int, LOGITS["input_ids"]))
         paths = {"folder": str(root / name), "reference": str(root / f"{name}_reference")}

@@ -1,0 +1,135 @@
+"""The fake-quantized model: what takes a linear's place while the calibrator runs and afterwards, and the KV cache's rounding.
+
+Weights are rounded once and stored dequantized, in the model's dtype. Activations are rounded on the way in:
+
+static     by an observer's range, in calibration after each call's update, so that later layers see quantized activations
+dynamic    in calibration like static; afterwards by each token's own range
+digits     16-bit activations beside per-group weights (``observers.split_by_digits``)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from formats.errors import UnreadableError
+
+from .config import QuantConfig
+from .observers import Observer, split_by_digits
+from .rounding import codes_of, dequantized, linear_parameters
+
+__all__ = ["FakeQuantLinear", "InputQuantizer", "quantize_cache"]
+
+
+class InputQuantizer:
+    """Rounds one linear's input to 8 bits (or ``a_bit``), and finds the static scale and offset while ``calibrating``.
+
+    name           the linear's, for errors
+    observer       None without calibration data
+    scale, offset  [1], on the CPU: bf16 for a bf16 model, else in the observer's dtype; None until something was seen
+    """
+
+    def __init__(self, name: str, config: QuantConfig, observer: Observer | None) -> None:
+        self.name, self.config, self.observer = name, config, observer
+        self.calibrating = observer is not None
+        self.scale: Tensor | None = None
+        self.offset: Tensor | None = None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The input as it is after rounding, same shape and dtype."""
+        if values.numel() == 0:
+            return values
+        if self.calibrating:
+            return self._dropped(values, self._rounded(values, *self._learn(values)))
+        if self.config.is_dynamic:
+            low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+            return self._rounded(values, *linear_parameters(low, high, self.config.a_bit, self.config.a_sym))
+        if self.scale is None or self.offset is None:
+            raise UnreadableError(f"{self.name}: calibration never reached this layer, so it has no input scale; add samples that do")
+        return self._rounded(values, self.scale, self.offset)
+
+    def _learn(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.observer is not None
+        if not torch.isfinite(values).all():
+            raise UnreadableError(f"{self.name}: its input in calibration has NaN or infinite values; check the model and its samples")
+        self.observer.update(values)
+        self.scale, self.offset = linear_parameters(*self.observer.range(), self.config.a_bit, self.config.a_sym)
+        if values.dtype == torch.bfloat16:
+            self.scale, self.offset = self.scale.bfloat16(), self.offset.bfloat16()
+        return self.scale, self.offset
+
+    def _rounded(self, values: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        scale, offset = scale.to(values.device), offset.to(values.device)
+        return dequantized(codes_of(values, scale, offset, self.config.a_bit), scale, offset, values)
+
+    def _dropped(self, values: Tensor, rounded: Tensor) -> Tensor:
+        """Each element's rounded value with probability ``pr``. Below 0, ``pr`` means one random probability for this call."""
+        share = self.config.pr
+        if share >= 1:
+            return rounded
+        if share < 0:
+            share = float(np.random.rand())
+            share = 0.0 if share < 0.5 else share
+        return torch.where(torch.rand_like(values) < share, rounded, values)
+
+
+InputKind = Literal["float", "rounded", "digits"]
+
+
+class FakeQuantLinear(nn.Module):
+    """A linear whose weight [out, in] was rounded and dequantized, and whose input is rounded by ``inputs``, if by anything."""
+
+    def __init__(self, linear: nn.Linear, weight: Tensor, inputs: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = linear.bias
+        self.inputs = inputs
+        self.train(linear.training)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.inputs is not None:
+            values = self.inputs(values)
+        return functional.linear(values.type_as(self.weight), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def digits(bits: int) -> Callable[[Tensor], Tensor]:
+    """``split_by_digits`` of ``bits``."""
+    return lambda values: split_by_digits(values, bits)
+
+
+def quantize_cache(attention: nn.Module, scales: dict[str, Tensor], symmetric: bool) -> Any:
+    """Round what ``attention`` adds to its KV cache, after each call, to int8 by channel. Returns the hook's handle.
+
+    scales   "k_scale", "k_offset", "v_scale", "v_offset": [kv heads * head size] each
+
+    What a call computes itself still sees its own keys and values unrounded, and later calls see them rounded, as the tool has it.
+    """
+    del symmetric
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
+        layer = getattr(module, "layer_idx", None)
+        if cache is None or layer is None:
+            return
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        if hidden is None:
+            return
+        tensors = cache.layers[layer] if hasattr(cache, "layers") else None
+        for kind, field, old in (("k", "keys", "key_cache"), ("v", "values", "value_cache")):
+            held = getattr(tensors, field) if tensors is not None else getattr(cache, old)[layer]
+            new = held[:, :, -hidden.shape[1] :, :]  # [batch, kv heads, new tokens, head size]
+            flat = new.transpose(1, 2).reshape(new.shape[0], new.shape[2], -1)
+            scale, offset = (scales[f"{kind}_{part}"].to(flat.device) for part in ("scale", "offset"))
+            rounded = dequantized(codes_of(flat, scale, offset, 8), scale, offset, flat)
+            new.copy_(rounded.reshape(new.shape[0], new.shape[2], new.shape[1], new.shape[3]).transpose(1, 2))
+
+    return attention.register_forward_hook(after, with_kwargs=True)
