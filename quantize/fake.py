@@ -10,7 +10,7 @@ digits     16-bit activations beside per-group weights (``observers.split_by_dig
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from .config import QuantConfig
 from .observers import Observer, split_by_digits
 from .rounding import codes_of, dequantized, linear_parameters
 
-__all__ = ["FakeQuantLinear", "InputQuantizer", "quantize_cache"]
+__all__ = ["DigitSplitter", "FakeQuantLinear", "InputQuantizer", "quantize_cache"]
 
 
 class InputQuantizer:
@@ -31,7 +31,8 @@ class InputQuantizer:
 
     name           the linear's, for errors
     observer       None without calibration data
-    scale, offset  [1], on the CPU: bf16 for a bf16 model, else in the observer's dtype; None until something was seen
+    scale, offset  [1], on the CPU, in the dtype of the observer's range, but bf16 for a bf16 model (unless lowbit); None until
+                   something was seen
     """
 
     def __init__(self, name: str, config: QuantConfig, observer: Observer | None) -> None:
@@ -59,7 +60,7 @@ class InputQuantizer:
             raise UnreadableError(f"{self.name}: its input in calibration has NaN or infinite values; check the model and its samples")
         self.observer.update(values)
         self.scale, self.offset = linear_parameters(*self.observer.range(), self.config.a_bit, self.config.a_sym)
-        if values.dtype == torch.bfloat16:
+        if values.dtype == torch.bfloat16 and not self.config.is_lowbit:
             self.scale, self.offset = self.scale.bfloat16(), self.offset.bfloat16()
         return self.scale, self.offset
 
@@ -76,9 +77,6 @@ class InputQuantizer:
             share = float(np.random.rand())
             share = 0.0 if share < 0.5 else share
         return torch.where(torch.rand_like(values) < share, rounded, values)
-
-
-InputKind = Literal["float", "rounded", "digits"]
 
 
 class FakeQuantLinear(nn.Module):
@@ -101,20 +99,23 @@ class FakeQuantLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def digits(bits: int) -> Callable[[Tensor], Tensor]:
-    """``split_by_digits`` of ``bits``."""
-    return lambda values: split_by_digits(values, bits)
+class DigitSplitter:
+    """``split_by_digits`` of ``bits``, as a linear's ``inputs``."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return split_by_digits(values, self.bits)
 
 
-def quantize_cache(attention: nn.Module, scales: dict[str, Tensor], symmetric: bool) -> Any:
+def quantize_cache(attention: nn.Module, scales: dict[str, Tensor]) -> Any:
     """Round what ``attention`` adds to its KV cache, after each call, to int8 by channel. Returns the hook's handle.
 
     scales   "k_scale", "k_offset", "v_scale", "v_offset": [kv heads * head size] each
 
     What a call computes itself still sees its own keys and values unrounded, and later calls see them rounded, as the tool has it.
     """
-    del symmetric
-
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
         layer = getattr(module, "layer_idx", None)

@@ -48,7 +48,7 @@ class RoundedWeight:
     """A weight, rounded. Scales and offsets keep the dtypes that msModelSlim stores.
 
     codes           [out, in] int8, as they are saved
-    scale, offset   [1], [out, 1] or [out, groups]
+    scale, offset   [1], [] (lowbit per tensor), [out, 1] or [out, groups]
     scale_second    [out, groups] float32, integral (W4A8's second stage), or None; offset_second: zeros, int64
     fake            [out, in] in the weight's dtype: what the fake-quantized model multiplies by
     """
@@ -93,11 +93,11 @@ def _row_wise(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def round_plain(weight: Tensor, bits: int, symmetric: bool, per_tensor: bool, hqq: bool = False) -> RoundedWeight:
-    """MinMax, or HQQ, in the weight's own dtype: scale [1] or [out, 1]."""
+    """MinMax, or HQQ, in the weight's own dtype: scale and offset [1] or [out, 1]. HQQ per tensor may end with a scale by row."""
     low, high = (weight.min(), weight.max()) if per_tensor else (weight.amin(1, keepdim=True), weight.amax(1, keepdim=True))
     scale, offset = linear_parameters(low, high, bits, symmetric)
     if hqq:
-        scale = _refined(weight, scale.float().reshape(-1, 1), offset.float().reshape(-1, 1), bits).reshape(scale.shape).half()
+        scale = _refined(weight, scale.float().reshape(-1, 1), offset.float().reshape(-1, 1), bits).half()
         offset = offset.half()
     rows_scale, rows_offset = _row_wise(weight, scale), _row_wise(weight, offset)
     fake = dequantized(codes_of(weight, rows_scale, rows_offset, bits), rows_scale, rows_offset, weight)
@@ -139,13 +139,14 @@ def round_groups(weight: Tensor, bits: int, symmetric: bool, group_size: int, hq
 
 
 def round_lowbit(weight: Tensor, bits: int, symmetric: bool, per_tensor: bool) -> RoundedWeight:
-    """MinMax of the lowbit kind: float32 scales, [out, 1] or [1], without groups or outliers."""
-    rows = weight.float().reshape(1, -1) if per_tensor else weight.float()
-    scale, offset = _lowbit_parameters(rows, bits, symmetric)
+    """MinMax of the lowbit kind: float32 scales, [out, 1] or [], without groups or outliers."""
+    values = weight.float()
+    scale, offset = _lowbit_parameters(values.reshape(1, -1) if per_tensor else values, bits, symmetric)
+    fake = dequantized(codes_of(values, scale, offset, bits, narrow=symmetric), scale, offset, weight)
+    codes = codes_of(weight, scale, offset, bits)
     if per_tensor:
-        scale, offset, rows = scale.reshape(1), offset.reshape(1), weight.float()
-    fake = dequantized(codes_of(rows, scale, offset, bits, narrow=symmetric), scale, offset, weight)
-    return RoundedWeight(codes_of(weight, scale, offset, bits).to(torch.int8), scale, offset, fake)
+        scale, offset = scale.reshape(()), offset.reshape(())
+    return RoundedWeight(codes.to(torch.int8), scale, offset, fake)
 
 
 def _with_outliers(values: Tensor, outliers: Tensor, absmax: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,8 +159,13 @@ def _with_outliers(values: Tensor, outliers: Tensor, absmax: Tensor, bits: int) 
     return ordinary + wide, scale, scale * ordinary + wide_scale * wide
 
 
-def round_outliers(weight: Tensor, bits: int, per_tensor: bool, fraction: float, sigma_factor: float | None) -> RoundedWeight:
-    """W8A8S of the lowbit kind: outliers by row, by ``sigma_factor`` where given, else by ``fraction``. Scales are float32."""
+def round_outliers(
+    weight: Tensor, bits: int, per_tensor: bool, fraction: float, sigma_factor: float | None, stored_bits: int = 8
+) -> RoundedWeight:
+    """Outliers by row, by ``sigma_factor`` where given, else by ``fraction``. Scales are float32, [out, 1] or [].
+
+    ``stored_bits`` is 8 for W8A8S; the tool stores W4A16 made this way in 4, and so cuts the outliers off its files.
+    """
     values = weight.float()
     size = values.abs()
     if sigma_factor is not None:
@@ -169,9 +175,10 @@ def round_outliers(weight: Tensor, bits: int, per_tensor: bool, fraction: float,
     else:
         outliers = torch.zeros_like(size, dtype=torch.bool)
     ordinary = size.masked_fill(outliers, 0)
-    _, scale, fake = _with_outliers(values, outliers, ordinary.max().reshape(1) if per_tensor else ordinary.amax(1, keepdim=True), bits)
+    _, scale, fake = _with_outliers(values, outliers, ordinary.max() if per_tensor else ordinary.amax(1, keepdim=True), bits)
     offset = torch.zeros_like(scale)
-    return RoundedWeight(codes_of(weight, scale, offset, 8).to(torch.int8), scale, offset, fake.type_as(weight))
+    codes = codes_of(weight, scale.reshape(-1, 1), offset.reshape(-1, 1), stored_bits)
+    return RoundedWeight(codes.to(torch.int8), scale, offset, fake.type_as(weight))
 
 
 def round_sparse(weight: Tensor, bits: int, per_tensor: bool, fraction: float) -> RoundedWeight:

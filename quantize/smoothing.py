@@ -10,10 +10,11 @@ All arithmetic is in the model's own dtype, as the tool's is, except the two cla
 =====  ==============================================================================================================================
 m1     ``s = a^0.5 / w^0.5``
 m2     thresholds ``T_i = (t - d) i / 99 + d``, ``i`` of 0..99, between the std ``d`` and the maximum ``t`` of ``x - shift``; ``s`` of a
-       channel whose maximum of ``x - shift`` is ``c``: ``sqrt(max(c, T) / w)`` where ``c > T``, else 1. Kept is the first ``T`` of the
-       least mean square error of the FIRST target's output for the FIRST sample, with ``(x - shift) / s`` rounded to 8 bits (one
-       asymmetric scale) and the weights NOT rounded (the tool's weight quantizer forgets to). Where ``3 d >= t`` there is no search:
-       m1's formula, for all channels.
+       channel whose maximum of ``x - shift`` is ``c``: ``sqrt(c / w)`` where ``c > T``, else 1. Kept is the first ``T`` of the least
+       mean square error for the FIRST sample, with ``(x - shift) / s`` rounded to 8 bits (one asymmetric scale) and the weights NOT
+       rounded (the tool's weight quantizer forgets to). The error is that of the first target's output or, where there are three
+       targets, of an attention over their outputs without mask, positions or heads (all of k's width is one head). Where
+       ``3 d >= t`` there is no search: m1's formula, for all channels.
 m3     ``s = p / sqrt(max(p) min(p))``, ``p = max(m^r, 1e-4)``, ``m[C]`` the mean of ``|x|`` of the FIRST sample, ``r = i / 20`` for ``i``
        of 0..19. Kept is the first ``r`` of the least sum over the targets of the mean square error of the output for the first sample,
        weights rounded per row (``w_bit``, ``w_sym``), activations not.
@@ -139,31 +140,53 @@ def widest_of_group(values: Tensor, heads: int, head_dim: int) -> Tensor:
 
 
 def m2_scale(
-    statistics: ActivationStatistics, weights: Sequence[Tensor], bias: Tensor | None, bits: int = 8
+    statistics: ActivationStatistics, weights: Sequence[Tensor], biases: Sequence[Tensor | None], bits: int = 8
 ) -> tuple[Tensor, float | None]:
-    """Outlier Suppression+ without the shift: ``s[C]`` for weights ``[out, C]``, and the threshold, None where nothing was searched.
+    """Outlier Suppression+ without the shift: ``s[C]`` for weights ``[out, C]`` and their biases, and the threshold that was kept.
 
-    ``bias[out]`` is the first linear's. No ``s`` of a channel below the threshold differs from 1.
+    The threshold is None where nothing was searched. No ``s`` of a channel below the threshold differs from 1.
     """
     widest, peak, deviation = largest_weight(weights), statistics.centred_peak, statistics.centred_std
     if bool(deviation * 3 >= peak):
         return power_scale(statistics.largest, widest, 0.5, 0.5), None
-    weight, sample = weights[0], statistics.first.to(weights[0].device)
-    wanted = torch.nn.functional.linear(sample, weight, bias)
+    judged = list(zip(weights, biases, strict=True)) if len(weights) == 3 else [(weights[0], biases[0])]
+    sample = statistics.first.to(weights[0].device)
+    wanted = _attention([torch.nn.functional.linear(sample, weight, bias) for weight, bias in judged])
     centred = sample - statistics.shift
-    moved = (statistics.shift.unsqueeze(0) @ weight.T).squeeze(0)
-    moved = moved if bias is None else moved + bias
-    ones, best, kept = torch.ones_like(widest), None, None
+    moved = [_moved(statistics.shift, weight, bias) for weight, bias in judged]
+    ones, best, kept = torch.ones_like(widest), None, (torch.ones_like(widest), 0.0)
     for index in range(STEPS_M2):
         threshold = (peak - deviation) * index / (STEPS_M2 - 1) + deviation
         excess = torch.maximum(ones, statistics.centred_maximum / threshold)
         scale = torch.where(excess <= 1, excess, power_scale(excess * threshold, widest, 0.5, 0.5))
-        found = torch.nn.functional.linear(_rounded_input(centred / scale), _unrounded_weight(weight * scale, bits), moved)
-        error = torch.nn.functional.mse_loss(wanted, found)
+        rounded = _rounded_input(centred / scale)
+        outputs = [
+            torch.nn.functional.linear(rounded, _unrounded_weight(weight * scale, bits), bias)
+            for (weight, _), bias in zip(judged, moved, strict=True)
+        ]
+        error = torch.nn.functional.mse_loss(wanted, _attention(outputs))
         if best is None or bool(error < best):
             best, kept = error, (scale, float(threshold))
-    assert kept is not None
     return kept
+
+
+def _moved(shift: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias ``[out]`` of a linear whose input lost ``shift[C]``."""
+    moved = (shift.unsqueeze(0) @ weight.T).squeeze(0)
+    return moved if bias is None else moved + bias
+
+
+def _attention(outputs: Sequence[Tensor]) -> Tensor:
+    """Of q, k and v ``[..., tokens, width]``: attention in which all of k's width is one head. Of one output: that output."""
+    if len(outputs) == 1:
+        return outputs[0]
+    queries, keys, values = outputs
+    width = keys.shape[-1]
+    heads = []
+    for query in queries.split(width, -1):
+        weights = torch.softmax(query @ keys.transpose(-2, -1) / width**0.5, -1)
+        heads.append(weights @ values)
+    return torch.cat(heads, -1)
 
 
 def _rounded_input(values: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
     python scripts/soak.py --rounds 200          seeds from a random base, which is printed
     python scripts/soak.py --seed 7 --rounds 1   one of them again
 
-A round makes a checkpoint in one of eight source formats, draws a target and options, and runs the command line in a process of
+A round makes a checkpoint in one of eleven source formats, draws a target and options, and runs the command line in a process of
 its own; in some rounds it is killed on the way, up to three times, and the same command finishes. Then the folder is read by the
 decoders of this file, which follow the tools' own packing code, and compared: codes, zero points, scales as NumPy rounds them, the
-law's float32 values, every other tensor byte for byte, the certificate, and the fingerprints. A refusal must be one that the
-expectations of this file name as well. No round may leave a file behind, or use more anonymous memory than --max-memory over that of
-a bare interpreter. Eighty seeds in a row have all pairs of formats.
+law's float32 values, what quantizes inputs and what an NPU derives from it, every other tensor byte for byte, what the configs say,
+the certificate, and the fingerprints. A refusal must be one that the expectations of this file name as well. No round may leave a
+file behind, or use more anonymous memory than --max-memory over that of a bare interpreter. 121 seeds in a row have all pairs of
+formats.
 """
 
 from __future__ import annotations
@@ -81,6 +82,19 @@ def unsigned(codes: Array, bits: int) -> Array:
 
 def signed(lanes: Array, bits: int) -> Array:
     return lanes.astype(np.int16) - (1 << bits - 1)
+
+
+def pack_padded(lanes: Array, bits: int) -> Array:
+    """compressed-tensors' words of whole lanes along the last axis; idle lanes of the last word are 0."""
+    return pack(pad(lanes, -(-lanes.shape[1] // (32 // bits)) * (32 // bits)), bits)
+
+
+def unpack_padded(words: Array, bits: int, count: int) -> Array:
+    """The first ``count`` lanes of each row; what lies behind them must be 0."""
+    insist(words.shape[1] == -(-count // (32 // bits)), "words are", list(words.shape), "for", count, "codes of", bits, "bits")
+    lanes = unpack(words, bits)
+    insist(not lanes[:, count:].any(), "idle lanes are not 0")
+    return lanes[:, :count]
 
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -171,7 +185,12 @@ def codes_of_nibbles(stored: Array, axis: int) -> Array:
 
 @dataclass
 class Layer:
-    """A quantized linear ``w = (code - zero) * scale``, integers signed. scales and zeros: [out, groups]."""
+    """A quantized linear ``w = (code - zero) * scale``, integers signed. scales and zeros: [out, groups].
+
+    inputs         "": in float; "static", "dynamic": quantized too; "both": msModelSlim's W8A8_MIX, which has static scales
+    input_scale    [1], of static inputs; input_zero: what is added
+    spelled        of static inputs in msModelSlim: how the tool made deq_scale and quant_bias (``DERIVATIONS``)
+    """
 
     name: str
     bits: int
@@ -182,6 +201,10 @@ class Layer:
     per_tensor: bool = False
     order: Array | None = None
     bias: Array | None = None
+    inputs: str = ""
+    input_scale: Array | None = None
+    input_zero: int = 0
+    spelled: str = ""
 
     @property
     def groups(self) -> int:
@@ -201,15 +224,53 @@ class Layer:
         half = 1 << self.bits - 1
         return np.random.default_rng(self.seed).integers(-half, half, self.shape, np.int8)
 
+    @cached_property
+    def deq_scale(self) -> Array:
+        """[out] float32: as msModelSlim stores it, by way of the model's dtype where that holds it as a normal number."""
+        assert self.input_scale is not None
+        exact = products(self.input_scale, self.scales)
+        dtype = NAMES[self.input_scale.dtype]
+        rounded = cast(exact, dtype).astype(np.float32)
+        normal = np.isfinite(rounded) & (rounded >= SMALLEST_NORMAL[dtype])
+        found = np.where(normal, rounded, exact) if self.spelled in {"V0", "V1"} else exact
+        return found * np.float32(1.3) if self.spelled == "contradicting" else found
+
+    @cached_property
+    def quant_bias(self) -> Array:
+        """[out] int32: as msModelSlim stores it; its V1 has the bias' share in bfloat16."""
+        return steps_of(self, self.deq_scale, self.spelled == "V1")
+
+
+DERIVATIONS = ("V0", "V1", "exact", "sparse", "contradicting")
+"""sparse: W8A8S, which has no weight_scale; contradicting: deq_scale is 30 % more than the product of the scales."""
+
+
+def products(input_scale: Array, scales: Array) -> Array:
+    """[out] float32: what one step of a sum of products is worth."""
+    return np.asarray(input_scale.astype(np.float32) * scales[:, 0].astype(np.float32))
+
+
+def steps_of(layer: Layer, deq_scale: Array, coarse: bool = False) -> Array:
+    """[out] int32: quant_bias, the bias and the share of the input's zero point in steps of ``deq_scale``."""
+    bias = np.zeros(layer.shape[0]) if layer.bias is None else layer.bias.astype(np.float64)
+    steps = np.where(bias == 0, 0.0, bias / deq_scale.astype(np.float64))
+    steps = cast(steps, "BF16").astype(np.float64) if coarse else steps
+    return np.rint(steps - layer.codes.sum(axis=1, dtype=np.int64) * layer.input_zero).astype(np.int32)
+
 
 @dataclass
 class Model:
-    """A checkpoint in the making. source: format:variant; carry: GPTQ v1 as GPTQModel writes it, zeros less a whole word of ones."""
+    """A checkpoint in the making. source: a key of ``SOURCES``; carry: GPTQ v1 as GPTQModel writes it, zeros less a whole word of ones.
+
+    dtype    what config.json says that the model is; packed: msModelSlim's ascendv1
+    """
 
     source: str
     layers: list[Layer]
     plain: Tensors
     carry: bool = False
+    dtype: str = "float16"
+    packed: bool = False
 
     @property
     def codes(self) -> int:
@@ -221,13 +282,14 @@ class Model:
 
 
 class Writes(NamedTuple):
-    """What a source format can be drawn with. unit: (out, in) are multiples of it."""
+    """What a source format can be drawn with. unit: (out, in) are multiples of it; inputs: how they may be quantized."""
 
     bits: tuple[int, ...]
     unit: tuple[int, int]
     groups: tuple[int, ...]
     scales: tuple[str, ...] = ("F16", "BF16", "F32")
     zeros: bool = True
+    inputs: tuple[str, ...] = ("",)
 
 
 SOURCES = {
@@ -239,8 +301,11 @@ SOURCES = {
     "awq:marlin": Writes((4,), (64, 128), (128, 0), ("F16",), zeros=False),
     "gptq:v1": Writes((2, 3, 4, 8), (32, 32), (128, 64, 32, 256, 96, 0)),
     "gptq:v2": Writes((2, 3, 4, 8), (32, 32), (128, 64, 32, 256, 96, 0)),
+    "compressed-tensors:pack": Writes((4, 8), (1, 1), (128, 64, 32, 256, 48, 0, -1)),
+    "compressed-tensors:int": Writes((8,), (1, 1), (0, -1, 0, 128), inputs=("static", "static", "dynamic")),
+    "msmodelslim:w8a8": Writes((8,), (1, 1), (0, -1), inputs=("static", "static", "both", "dynamic")),
 }
-"""group 0: per channel, -1: per tensor."""
+"""group 0: per channel, -1: per tensor. The last is in either variant of msModelSlim, which differ in what they say alone."""
 
 
 def draw_shape(rng: np.random.Generator, size: str, unit: tuple[int, int], group: int) -> tuple[int, int]:
@@ -257,7 +322,10 @@ def draw_shape(rng: np.random.Generator, size: str, unit: tuple[int, int], group
 
 @dataclass(frozen=True)
 class Traits:
-    """How layers are drawn. zeros: none, inner or extreme; span: of scales, powers of two; plain: 1 where 3-bit lanes of 7 are 8."""
+    """How layers are drawn. zeros: none, inner or extreme; span: of scales, powers of two; plain: 1 where 3-bit lanes of 7 are 8.
+
+    inputs    how they are quantized; spelled: one of ``DERIVATIONS``
+    """
 
     bits: int
     zeros: str
@@ -265,6 +333,8 @@ class Traits:
     span: tuple[int, int]
     act_order: bool
     plain: int
+    inputs: str = ""
+    spelled: str = ""
 
 
 def draw_layer(rng: np.random.Generator, name: str, shape: tuple[int, int], group: int, traits: Traits) -> Layer:
@@ -285,10 +355,22 @@ def draw_layer(rng: np.random.Generator, name: str, shape: tuple[int, int], grou
     if rng.random() < 0.3:
         bias = (rng.normal(0, 0.5, out) * (rng.random() > 0.15)).astype(dtype)
     wide = (out, groups)
-    return Layer(
+    layer = Layer(
         name, bits, shape, np.broadcast_to(scales, wide).copy(), np.broadcast_to(points, wide).astype(np.int16), int(rng.integers(1 << 40)),
         group == -1, order, bias,
     )  # fmt: skip
+    if traits.inputs:
+        layer.inputs = traits.inputs
+        if traits.inputs != "dynamic":
+            layer.input_scale = (2 ** rng.uniform(-6, -1, 1)).astype(dtype)
+            layer.input_zero = int(rng.integers(-128, 128)) if rng.random() < 0.8 else 0
+            layer.spelled = traits.spelled
+        if layer.spelled == "sparse":  # the law's scale is the quotient of what is stored
+            stored = products(layer.input_scale, layer.scales)
+            layer.scales = (stored / layer.input_scale.astype(np.float32)).reshape(-1, 1)
+            layer.per_tensor, layer.zeros = False, np.zeros_like(layer.zeros)
+            layer.__dict__["deq_scale"] = stored
+    return layer
 
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -298,9 +380,9 @@ def draw_model(rng: np.random.Generator, source: str, size: str) -> Model:
     """A random checkpoint of ``source``; what engines fuse (q, k, v; gate, up) is quantized alike."""
     writes = SOURCES[source]
     carry = source == "gptq:v1" and rng.random() < 0.3
-    bits = 4 if rng.random() < 0.6 else int(rng.choice(writes.bits))
+    bits = 4 if 4 in writes.bits and rng.random() < 0.6 else int(rng.choice(writes.bits))
     group = int(rng.choice(writes.groups[:3] if len(writes.groups) > 2 and rng.random() < 0.7 else writes.groups))
-    kind = rng.random()
+    kind = rng.random() * (0.5 if "" not in writes.inputs else 1)  # of W8A8 few have zero points, and no tool writes such in msModelSlim
     dtype, span = str(rng.choice(writes.scales)), (-11, -4)
     if rng.random() < 0.1:  # normal and finite in float16, or what only the other dtypes hold
         span = (-14, 10) if dtype == "F16" else (-22, 4) if rng.random() < 0.7 else (8, 18)
@@ -309,9 +391,13 @@ def draw_model(rng: np.random.Generator, source: str, size: str) -> Model:
         "none" if not writes.zeros or kind < 0.4 else "inner" if kind < 0.8 else "extreme",
         dtype,
         span,
-        source.startswith("gptq") and group > 0 and rng.random() < 0.25,
+        source.startswith(("gptq", "compressed-tensors:pack")) and group > 0 and rng.random() < 0.25,
         int(source == "gptq:v1" and bits == 3 and not carry),
+        str(rng.choice(writes.inputs)),
+        "" if source != "msmodelslim:w8a8" else str(rng.choice(DERIVATIONS, p=[0.4, 0.25, 0.1, 0.15, 0.1])),
     )
+    if traits.spelled == "sparse" and traits.inputs == "both":
+        traits = replace(traits, spelled="V0")
     mixed = not source.startswith("awq") and rng.random() < 0.15
     blocks = {"small": int(rng.integers(1, 5)), "medium": int(rng.integers(1, 3)), "large": 1}[size]
     chosen = [name for name in LINEARS if size == "small" or rng.random() < 0.5] or ["mlp.down_proj"]
@@ -325,7 +411,10 @@ def draw_model(rng: np.random.Generator, source: str, size: str) -> Model:
             name = f"model.layers.{block}.{leaf}"
             own, size_of = traits, group
             if mixed and leaf in {"self_attn.o_proj", "mlp.down_proj"}:
-                if source.startswith("msmodelslim") and rng.random() < 0.5:
+                if own.inputs and rng.random() < 0.6:  # weights alone, as in a mix of types
+                    own = replace(traits, inputs="", spelled="")
+                    size_of = int(rng.choice(SOURCES["msmodelslim:safe_tensor"].groups))
+                elif source.startswith(("msmodelslim", "compressed-tensors")) and rng.random() < 0.5:
                     size_of = int(rng.choice(writes.groups))
                 else:
                     bits = int(rng.choice(writes.bits))
@@ -346,7 +435,8 @@ def draw_model(rng: np.random.Generator, source: str, size: str) -> Model:
     if rng.random() < 0.2:
         plain["model.position_ids"] = rng.integers(0, 1 << 40, (1, 77))
         plain["model.temperature"] = np.asarray(rng.normal(), np.float32).reshape(())
-    return Model(source, layers, plain, carry)
+    dtype = str(rng.choice(["float16", "bfloat16"]))
+    return Model(source, layers, plain, carry, dtype, source == "msmodelslim:ascendv1" or rng.random() < 0.5)
 
 
 def draw_floats(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -366,13 +456,35 @@ def spell(model: Model, layer: Layer) -> Tensors:
     codes, zeros, turned = unsigned(layer.codes, bits), unsigned(layer.zeros, bits), np.ascontiguousarray(scales.T)
     if model.format == "msmodelslim":
         stored = layer.codes
-        if variant == "msmodelslim:ascendv1" and bits == 4:
+        if model.packed and variant != "msmodelslim:safe_tensor" and bits == 4:
             stored = nibbles(stored, 1 if layer.groups == 1 else 0)
         grids = [scales, layer.zeros.astype(scales.dtype)]
         grids = [grid[0] for grid in (grids[0][:1], grids[1][:1])] if layer.per_tensor else grids
         parts = {"weight": stored, "weight_scale": grids[0], "weight_offset": grids[1]}
         if not layer.zeros.any() and layer.seed % 4 == 0:
             del parts["weight_offset"]
+        if layer.spelled == "sparse":
+            parts = {"weight": stored}
+        if layer.input_scale is not None:
+            deq_scale = layer.deq_scale if layer.input_scale.dtype == DTYPES["BF16"] else layer.deq_scale.view(np.int32).astype(np.int64)
+            parts |= {"input_scale": layer.input_scale, "input_offset": np.array([layer.input_zero], layer.input_scale.dtype)}
+            parts |= {"deq_scale": deq_scale, "quant_bias": layer.quant_bias}
+    elif model.format == "compressed-tensors":
+        grid = (1,) if layer.per_tensor else scales.shape
+        parts = {"weight_scale": scales[:1].reshape(grid) if layer.per_tensor else scales}
+        if layer.inputs:
+            parts["weight"] = layer.codes
+        else:
+            parts |= {"weight_packed": pack_padded(codes, bits), "weight_shape": np.array(layer.shape, np.int64)}
+        if is_asymmetric(layer) and (layer.inputs or layer.per_tensor):
+            parts["weight_zero_point"] = layer.zeros[: grid[0]].reshape(grid).astype(np.int8)
+        elif is_asymmetric(layer):
+            parts["weight_zero_point"] = np.ascontiguousarray(pack_padded(np.ascontiguousarray(zeros.T), bits).T)
+        if layer.order is not None:
+            parts["weight_g_idx"] = layer.order
+        if layer.input_scale is not None:
+            parts["input_scale"] = layer.input_scale
+            parts |= {"input_zero_point": np.array([layer.input_zero], np.int8)} if layer.input_zero else {}
     elif model.format == "gptq":
         qzeros = pack(np.ascontiguousarray(zeros.T), bits)
         if variant == "gptq:v1" and model.carry and bits != 3:
@@ -400,6 +512,18 @@ def spell(model: Model, layer: Layer) -> Tensors:
     return {f"{name}.{part}": array for part, array in parts.items()}
 
 
+def is_asymmetric(layer: Layer) -> bool:
+    """Whether a source in compressed-tensors says its zero points: sometimes also where all are 0."""
+    return bool(layer.zeros.any()) or layer.seed % 5 == 0
+
+
+def type_of(layer: Layer) -> str:
+    """msModelSlim's."""
+    if layer.spelled == "sparse":
+        return "W8A8S"
+    return f"W{layer.bits}A" + {"": "16", "static": "8", "both": "8_MIX", "dynamic": "8_DYNAMIC"}[layer.inputs]
+
+
 def write_model(model: Model, folder: Path, rng: np.random.Generator) -> int:
     """Write the checkpoint with its configs, in one file or several; returns its bytes."""
     folder.mkdir()
@@ -408,13 +532,13 @@ def write_model(model: Model, folder: Path, rng: np.random.Generator) -> int:
     for layer in model.layers:
         spelled = spell(model, layer)
         tensors |= spelled
-        quantized |= {name: f"W{layer.bits}A16" for name in spelled if not name.endswith(".bias")}
+        quantized |= {name: type_of(layer) for name in spelled if not name.endswith(".bias")}
     if rng.random() < 0.5:
         tensors = {name: tensors[name] for name in sorted(tensors)}
-    config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16"}
-    stem, kind = "model", f"w{model.layers[0].bits}a16"
+    config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": model.dtype}
+    stem, kind = "model", type_of(model.layers[0]).lower()
     if model.format == "msmodelslim":
-        stem, packed = f"quant_model_weight_{kind}", model.source == "msmodelslim:ascendv1"
+        stem, packed = f"quant_model_weight_{kind}", model.packed and model.source != "msmodelslim:safe_tensor"
         description = {"model_quant_type": kind.upper(), **({"version": "1.0.0"} if packed else {})}
         description |= {name: quantized.get(name, "FLOAT") for name in tensors}
         (folder / f"quant_model_description{'' if packed else '_' + kind}.json").write_text(json.dumps(description))
@@ -434,6 +558,8 @@ def write_model(model: Model, folder: Path, rng: np.random.Generator) -> int:
 
 def quantization_config(model: Model) -> dict[str, Any]:
     variant, first = model.source.partition(":")[2], model.layers[0]
+    if model.format == "compressed-tensors":
+        return compressed_config(model)
     group = -1 if all(layer.groups == 1 for layer in model.layers) else next(layer.group for layer in model.layers if layer.groups > 1)
     if model.format == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": group, "version": variant, "zero_point": variant != "marlin"}
@@ -446,11 +572,44 @@ def quantization_config(model: Model) -> dict[str, Any]:
     return {**config, **({"dynamic": {f"+:^{re.escape(name)}$": rule for name, rule in odd.items()}} if odd else {})}
 
 
+def compressed_config(model: Model) -> dict[str, Any]:
+    """As compressed-tensors 0.17 writes it: the first scheme for all Linear, the others for their layers by name."""
+    schemes: dict[str, list[str]] = {}
+    for layer in model.layers:
+        strategy, size = ("tensor", None) if layer.per_tensor else ("channel", None) if layer.groups == 1 else ("group", layer.group)
+        weights = {"num_bits": layer.bits, "type": "int", "symmetric": not is_asymmetric(layer), "strategy": strategy, "group_size": size}
+        weights |= {"dynamic": False, "actorder": None if layer.order is None else "group", "observer": "minmax", "observer_kwargs": {}}
+        inputs: dict[str, Any] | None = None
+        if layer.inputs:
+            inputs = {"num_bits": 8, "type": "int", "dynamic": layer.inputs == "dynamic", "symmetric": not layer.input_zero}
+            inputs |= {"strategy": "token" if layer.inputs == "dynamic" else "tensor", "group_size": None, "actorder": None}
+        group = {"format": f"{'int' if layer.inputs else 'pack'}-quantized", "weights": weights, "input_activations": inputs}
+        schemes.setdefault(json.dumps(group), []).append(layer.name)
+    groups = {
+        f"group_{number}": {**json.loads(scheme), "output_activations": None, "targets": names if number else ["Linear"]}
+        for number, (scheme, names) in enumerate(schemes.items())
+    }
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "config_groups": groups, "format": formats.pop() if len(formats) == 1 else "mixed-precision", "global_compression_ratio": None,
+        "ignore": float_linears(model), "kv_cache_scheme": None, "quant_method": "compressed-tensors", "quantization_status": "compressed",
+        "sparsity_config": {}, "transform_config": {}, "version": "0.17.0",
+    }  # fmt: skip
+
+
+def float_linears(model: Model) -> list[str]:
+    found = [name.removesuffix(".weight") for name, array in model.plain.items() if name.endswith(".weight") and array.ndim == 2]
+    return sorted(name for name in found if "embed" not in name)
+
+
 # --- what is expected -------------------------------------------------------------------------------------------------
 
 
 class Holds(NamedTuple):
-    """What a target holds. smallest: zero point, unsigned; scales: None keeps the source's dtype."""
+    """What a target holds. smallest: zero point, unsigned; scales: None keeps the source's dtype, "half" where that is half precision.
+
+    inputs    whether they may be quantized; own: layers keep their own groups
+    """
 
     bits: tuple[int, ...]
     groups: tuple[int, ...]
@@ -461,6 +620,8 @@ class Holds(NamedTuple):
     smallest: int = 0
     zeros: bool = True
     lm_head: bool = True
+    inputs: bool = False
+    own: bool = False
 
 
 GROUPS = (128, 64, 32)
@@ -471,13 +632,14 @@ TARGETS = {
     "awq:marlin": Holds((4,), (128,), (64, 128), zeros=False, lm_head=False),
     "gptq:v1": Holds((2, 3, 4, 8), GROUPS, (32, 32), channel=True, act_order=True, smallest=1),
     "gptq:v2": Holds((2, 3, 4, 8), GROUPS, (32, 32), channel=True, act_order=True),
-    "msmodelslim:safe_tensor": Holds((4, 8), (256, *GROUPS), (1, 1), None, channel=True),
-    "msmodelslim:ascendv1": Holds((4, 8), (256, *GROUPS), (2, 2), None, channel=True),
+    "msmodelslim:safe_tensor": Holds((4, 8), (256, *GROUPS), (1, 1), None, channel=True, inputs=True),
+    "msmodelslim:ascendv1": Holds((4, 8), (256, *GROUPS), (2, 2), None, channel=True, inputs=True),
+    "compressed-tensors": Holds((4, 8), (), (8, 8), "half", channel=True, act_order=True, inputs=True, own=True),
     "dense:hf": Holds((2, 3, 4, 8), (), (1, 1), "dense", channel=True, act_order=True),
 }
 PAIRS = [(source, target) for source in SOURCES for target in (*TARGETS, "gptq")]
-PAIR_STEP = 11
-"""From a seed's pair to that of the next: ten in a row have every source and every target, eighty every pair."""
+PAIR_STEP = 10
+"""From a seed's pair to that of the next: twelve in a row have every source and every target, 121 every pair."""
 TORCH = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SMALLEST_NORMAL = {"F16": 2.0**-14, "BF16": 2.0**-126, "F32": 2.0**-126}
 
@@ -485,6 +647,12 @@ SMALLEST_NORMAL = {"F16": 2.0**-14, "BF16": 2.0**-126, "F32": 2.0**-126}
 def cast(values: Array, dtype: str) -> Array:
     with np.errstate(over="ignore"):
         return values.astype(np.float32).astype(DTYPES[dtype])
+
+
+def fused(name: str) -> str:
+    """What engines call the matrix that a linear becomes a part of."""
+    parent, _, leaf = name.rpartition(".")
+    return f"{parent}.{'qkv' if leaf in {'q_proj', 'k_proj', 'v_proj'} else 'gate_up' if leaf in {'gate_proj', 'up_proj'} else leaf}"
 
 
 @dataclass(frozen=True)
@@ -495,7 +663,7 @@ class Task:
     target: str
     scale_dtype: str | None = None
     serve_dtype: str | None = None
-    allowed: bool = False
+    allow: tuple[str, ...] = ()
 
     @property
     def holds(self) -> Holds:
@@ -519,10 +687,30 @@ class Task:
     def _lowest(self, layer: Layer) -> int:
         return int(layer.zeros.min()) + (1 << max(self.bits(layer), layer.bits) - 1)
 
+    def inputs(self, layer: Layer) -> str:
+        """How its inputs are quantized there: compressed-tensors has no word for both ways."""
+        if not self.holds.inputs:
+            return ""
+        return "static" if layer.inputs == "both" and self.variant == "compressed-tensors" else layer.inputs
+
+    def keeps_tensor(self, layer: Layer) -> bool:
+        """Whether one scale of the whole tensor stays one."""
+        return layer.per_tensor and bool(layer.inputs) and self.variant == "compressed-tensors"
+
+    def group_of(self, layer: Layer) -> int | None:
+        """Inputs of a group of ``layer`` there; 0: one group, None: there is no size that suits."""
+        if self.holds.own or self.inputs(layer):
+            return 0 if layer.groups == 1 else layer.group
+        return self.group
+
+    def says_zeros(self, layer: Layer) -> bool:
+        """compressed-tensors: whether zero points are stored: where there are any, in what engines fuse with it too."""
+        return any(other.zeros.any() for other in self.model.layers if fused(other.name) == fused(layer.name))
+
     @cached_property
     def group(self) -> int | None:
-        """Inputs of a group for all layers; 0: one group each, None: there is no size that suits."""
-        layers = self.model.layers
+        """Inputs of a group for all layers whose inputs are in float; 0: one group each, None: there is no size that suits."""
+        layers = [layer for layer in self.model.layers if not self.inputs(layer)]
         if self.holds.channel and all(layer.groups == 1 for layer in layers):
             return 0
         return next((size for size in self.holds.groups if all(layer.group % size == 0 for layer in layers)), None)
@@ -530,23 +718,44 @@ class Task:
     def scales_in(self, layer: Layer) -> str:
         """The dtype of a layer's scales there; of its weights, where they are dequantized."""
         stored = NAMES[layer.scales.dtype]
-        if self.serve_dtype and self.group == 0:
+        if self.serve_dtype and self.group_of(layer) == 0:
             return TORCH[self.serve_dtype]
         if self.dense and self.scale_dtype is None:
             counts = Counter(NAMES[array.dtype] for array in self.model.plain.values() if array.ndim == 2)
             return next((dtype for dtype, _ in counts.most_common() if dtype in SMALLEST_NORMAL), "F16")
         if self.dense and self.scale_dtype == "keep":
             return "F32"
-        if self.scale_dtype == "keep":
-            return stored
-        return TORCH[self.scale_dtype] if self.scale_dtype else self.holds.scales or stored
+        return self._stored_in(stored, bool(layer.inputs) and self.bits(layer) == 8)
+
+    def _stored_in(self, stored: str, with_inputs: bool) -> str:
+        if self.scale_dtype is not None:
+            return TORCH.get(self.scale_dtype, stored)
+        if self.holds.scales == "half":
+            return {"float16": "F16", "bfloat16": "BF16"}[self.model.dtype] if stored == "F32" and not with_inputs else stored
+        return self.holds.scales or stored
+
+    def input_scale_in(self, layer: Layer) -> str:
+        assert layer.input_scale is not None
+        return TORCH[self.serve_dtype] if self.serve_dtype else self._stored_in(NAMES[layer.input_scale.dtype], True)
+
+    def deq_scale_in(self, layer: Layer) -> str:
+        """int64 where the model is in float16 (or nobody knows), unless the source says otherwise and nothing was asked for."""
+        if self.model.format == "msmodelslim" and not self.serve_dtype:
+            return "F32" if layer.input_scale is not None and layer.input_scale.dtype == DTYPES["BF16"] else "I64"
+        return "F32" if (self.serve_dtype or self.model.dtype) == "bfloat16" else "I64"
+
+    def derives_anew(self, layer: Layer) -> bool:
+        """Whether deq_scale and quant_bias follow from what is stored there, and are not the source's own."""
+        assert layer.input_scale is not None
+        kept = self.scales_in(layer) == NAMES[layer.scales.dtype] and self.input_scale_in(layer) == NAMES[layer.input_scale.dtype]
+        return not kept or self.model.format != "msmodelslim"
 
     def bias_in(self, layer: Layer) -> str:
         assert layer.bias is not None
         stored = NAMES[layer.bias.dtype]
-        if self.dense or self.scale_dtype in {"keep", "float32"} or (self.scale_dtype is None and self.holds.scales is None):
+        if self.dense or self.scale_dtype == "float32":
             return stored
-        return TORCH[self.scale_dtype] if self.scale_dtype else "F16"
+        return self._stored_in(stored, bool(layer.inputs))
 
     def bias(self, layer: Layer) -> Array | None:
         """As it must be stored there. Zeros in a GPTQ folder of a model without biases are AutoGPTQ's own."""
@@ -557,10 +766,18 @@ class Task:
 
     def refusals(self) -> set[str]:
         """The codes of everything that the target cannot hold."""
-        return {code for layer in self.model.layers for code in self._refusals(layer)}
+        found = {code for layer in self.model.layers for code in self._refusals(layer)}
+        if self.holds.own and self.model.format != "compressed-tensors":  # layers that engines fuse must have groups alike
+            sizes = {(fused(layer.name), self.group_of(layer)) for layer in self.model.layers}
+            found |= {"fused"} if len({name for name, _ in sizes}) < len(sizes) else set()
+        return found
 
     def _refusals(self, layer: Layer) -> Iterator[str]:
         holds, scales = self.holds, layer.scales.astype(np.float32)
+        if layer.inputs and not holds.inputs and "activations-dropped" not in self.allow:
+            yield "activations-dropped"
+        if layer.spelled == "contradicting" and not self.variant.startswith("msmodelslim") and "deq-scale-differs" not in self.allow:
+            yield "deq-scale-differs"
         if self.dense:
             with np.errstate(over="ignore"):
                 reach = np.maximum(np.abs(layer.zeros + (1 << layer.bits - 1)), np.abs((1 << layer.bits - 1) - 1 - layer.zeros))
@@ -576,8 +793,14 @@ class Task:
             yield "lm-head"
         if layer.order is not None and not holds.act_order:
             yield "act-order"
-        if self.group is None or (layer.order is not None and self.group not in {0, layer.group}):
+        group = self.group_of(layer)
+        if group is None or (layer.order is not None and group not in {0, layer.group}):
             yield "group-size"
+        if self.inputs(layer) and self.variant.startswith("msmodelslim"):
+            if layer.groups > 1:
+                yield "group-size"
+            if layer.zeros.any():
+                yield "zero-point"
         half = 1 << max(bits, layer.bits) - 1
         if not holds.zeros and layer.zeros.any():
             yield "zero-point"
@@ -589,7 +812,7 @@ class Task:
         stored = cast(scales, dtype).astype(np.float32)
         if np.isinf(stored).any():
             yield "scale-overflow"
-        elif not self.allowed and ((stored != scales) & (np.abs(stored) < SMALLEST_NORMAL[dtype])).any():
+        elif "scale-subnormal" not in self.allow and ((stored != scales) & (np.abs(stored) < SMALLEST_NORMAL[dtype])).any():
             yield "scale-subnormal"
         if self.variant == "awq:gemv_fast":
             with np.errstate(over="ignore"):
@@ -611,12 +834,13 @@ def insist(holds: Any, *what: object) -> None:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A layer as stored: signed codes and zero points, scales as they are."""
+    """A layer as stored: signed codes and zero points, scales as they are; whole: of which there is one for the tensor."""
 
     codes: Array
     zeros: Array
     scales: Array
     g_idx: Array
+    whole: bool = False
 
 
 def decode(variant: str, tensors: Tensors, name: str, bits: int, groups: int) -> Decoded:
@@ -637,6 +861,8 @@ def decode(variant: str, tensors: Tensors, name: str, bits: int, groups: int) ->
         stored = unpack(take("qzeros"), bits).T.astype(np.int16)
         zeros, scales = stored + (variant == "gptq:v1") - (1 << bits - 1), take("scales").T
         return Decoded(codes, zeros, scales, take("g_idx"))
+    elif variant == "compressed-tensors":
+        return decode_compressed(tensors, name, bits, take)
     elif variant == "awq:gemm":
         back = np.argsort(AWQ_ORDER)
         codes, zeros = (signed(in_eights(unpack(take(part), 4), back), 4).T for part in ("qweight", "qzeros"))
@@ -660,6 +886,31 @@ def decode(variant: str, tensors: Tensors, name: str, bits: int, groups: int) ->
         insist(not lanes[:, groups:].any() and not scales[:, groups:].any(), name, "has padding that is not 0")
         zeros, scales = signed(lanes[:, :groups], 4), scales[:, :groups]
     return Decoded(codes, zeros, scales, np.arange(codes.shape[1]) // (codes.shape[1] // groups))
+
+
+def decode_compressed(tensors: Tensors, name: str, bits: int, take: Callable[[str], Array]) -> Decoded:
+    if f"{name}.weight_packed" in tensors:
+        shape = take("weight_shape")
+        insist(shape.dtype == np.int64 and shape.shape == (2,), name, "has a weight_shape of", shape.dtype, shape.shape)
+        out, in_ = map(int, shape)
+        codes = signed(unpack_padded(take("weight_packed"), bits, in_), bits)
+    else:
+        codes = take("weight")
+        insist(codes.dtype == np.int8, name, "has codes in", codes.dtype)
+        out, in_ = codes.shape
+    scales = take("weight_scale")
+    whole = scales.shape == (1,)
+    grid = (out, 1) if whole else scales.shape
+    zeros = np.zeros(grid, np.int16)
+    if f"{name}.weight_zero_point" in tensors:
+        stored = take("weight_zero_point")
+        if stored.dtype == np.int32:
+            zeros = signed(unpack_padded(np.ascontiguousarray(stored.T), bits, out).T, bits)
+        else:
+            insist(stored.dtype == np.int8 and stored.shape == scales.shape, name, "has zero points", stored.dtype, stored.shape)
+            zeros = np.broadcast_to(stored.astype(np.int16), grid)
+    g_idx = take("weight_g_idx") if f"{name}.weight_g_idx" in tensors else np.arange(in_) // (in_ // grid[1])
+    return Decoded(codes, zeros, np.broadcast_to(scales, grid), g_idx, whole)
 
 
 def law(codes: Array, zeros: Array, scales: Array, g_idx: Array, rows: slice) -> Array:
@@ -690,9 +941,16 @@ def check_layer(task: Task, layer: Layer, tensors: Tensors) -> bool:
             insist(same(stored[rows], values.astype(stored.dtype)), name, "has other weights in rows", rows)
             exact &= bool((stored[rows].astype(np.float32) == values).all())
         return exact
-    repeat = layer.group // task.group if task.group else 1
+    group = task.group_of(layer)
+    repeat = layer.group // group if group else 1
+    if task.variant == "compressed-tensors":
+        insist((f"{name}.weight_packed" in tensors) == (not layer.inputs), name, "is in the other format of integers")
+        insist((f"{name}.weight_zero_point" in tensors) == task.says_zeros(layer), name, "has zero points where it needs none, or none")
+        insist((f"{name}.weight_g_idx" in tensors) == (layer.order is not None), name, "has a g_idx that says nothing, or none")
+    exact &= check_inputs(task, layer, tensors)
     found = decode(task.variant, tensors, name, task.bits(layer), layer.groups * repeat)
     scales = cast(layer.scales, dtype)
+    insist(found.whole == task.keeps_tensor(layer), name, "has one scale for the tensor:", found.whole)
     insist(found.codes.shape == layer.shape, name, "is", found.codes.shape, "not", layer.shape)
     insist((found.codes == layer.codes).all(), name, "has other codes")
     insist(same(found.scales, np.repeat(scales, repeat, 1)), name, "has other scales, or not in", dtype)
@@ -705,6 +963,30 @@ def check_layer(task: Task, layer: Layer, tensors: Tensors) -> bool:
         theirs = law(found.codes, found.zeros, found.scales, found.g_idx, rows)
         insist((theirs == law(layer.codes, layer.zeros, scales, layer.g_idx, rows)).all(), name, "has other values in rows", rows)
     return exact and bool((scales.astype(np.float32) == layer.scales.astype(np.float32)).all())
+
+
+def check_inputs(task: Task, layer: Layer, tensors: Tensors) -> bool:
+    """Compare what quantizes a layer's inputs, and what an NPU derives from it; whether the scale is exactly the source's."""
+    name = layer.name
+    if task.inputs(layer) not in {"static", "both"}:
+        return True
+    assert layer.input_scale is not None
+    scale = cast(layer.input_scale, task.input_scale_in(layer))
+    insist(same(tensors.pop(f"{name}.input_scale"), scale), name, "has another input_scale, or not in", task.input_scale_in(layer))
+    if task.variant == "compressed-tensors":
+        zero = tensors.pop(f"{name}.input_zero_point", None)
+        insist((zero is not None) == (layer.input_zero != 0), name, "has an input_zero_point of", zero, "not", layer.input_zero)
+        insist(zero is None or same(zero, np.array([layer.input_zero], np.int8)), name, "has the input_zero_point", zero)
+    else:
+        insist(same(tensors.pop(f"{name}.input_offset"), np.array([layer.input_zero], scale.dtype)), name, "has another input_offset")
+        deq_scale, steps = layer.deq_scale, layer.quant_bias
+        if task.derives_anew(layer):
+            deq_scale = products(scale, cast(layer.scales, task.scales_in(layer)))
+            steps = steps_of(layer, deq_scale)
+        wide = deq_scale.view(np.int32).astype(np.int64) if task.deq_scale_in(layer) == "I64" else deq_scale
+        insist(same(tensors.pop(f"{name}.deq_scale"), wide), name, "has another deq_scale, or not in", wide.dtype)
+        insist(same(tensors.pop(f"{name}.quant_bias"), steps), name, "has another quant_bias")
+    return bool(scale.astype(np.float32) == layer.input_scale.astype(np.float32))
 
 
 def check_result(task: Task, folder: Path, shard_bytes: int | None) -> bool:
@@ -737,7 +1019,11 @@ def check_config(task: Task, folder: Path) -> None:
         types = json.loads(path.read_text())
         insist(("version" in types) == task.variant.endswith("ascendv1"), "the description is of another variant")
         for layer in task.model.layers:
-            insist(types[f"{layer.name}.weight"] == f"W{task.bits(layer)}A16", layer.name, "is described as", types[f"{layer.name}.weight"])
+            kind = {"": "A16", "static": "A8", "dynamic": "A8_DYNAMIC", "both": "A8_MIX" if "version" in types else "A8"}[layer.inputs]
+            wanted = f"W{task.bits(layer)}{kind}"
+            insist(types[f"{layer.name}.weight"] == wanted, layer.name, "is described as", types[f"{layer.name}.weight"], "not", wanted)
+    elif task.variant == "compressed-tensors":
+        check_compressed_config(task, said)
     elif not task.dense:
         version = said.get("version") if task.variant.startswith("awq") else {"gptq": "v1", "gptq_v2": "v2"}.get(said["checkpoint_format"])
         insist(task.variant.endswith(f":{version}"), "the config says", version, "not", task.variant)
@@ -745,6 +1031,33 @@ def check_config(task: Task, folder: Path) -> None:
         for layer in task.model.layers:
             bits = said.get("dynamic", {}).get(f"+:^{re.escape(layer.name)}$", {}).get("bits", said["bits"])
             insist(bits == task.bits(layer), layer.name, "has", bits, "bits by the config")
+
+
+def check_compressed_config(task: Task, said: dict[str, Any]) -> None:
+    """Each layer's group, found by its name or as a Linear, and what is left in float."""
+    insist((said["quant_method"], said["quantization_status"]) == ("compressed-tensors", "compressed"), "the config is of", said)
+    missing = set(float_linears(task.model)) - set(said["ignore"])
+    insist(not missing, "the config does not ignore", *missing)
+    for layer in task.model.layers:
+        insist(layer.name not in said["ignore"], "the config ignores", layer.name)
+        found = [group for group in said["config_groups"].values() if layer.name in group["targets"]]
+        found = found or [group for group in said["config_groups"].values() if "Linear" in group["targets"]]
+        insist(len(found) == 1, layer.name, "is in", len(found), "groups of the config")
+        weights, inputs, kind = found[0]["weights"], found[0]["input_activations"], task.inputs(layer)
+        strategy = "tensor" if task.keeps_tensor(layer) else "channel" if layer.groups == 1 else "group"
+        wanted = {
+            "num_bits": task.bits(layer), "type": "int", "symmetric": not task.says_zeros(layer), "strategy": strategy,
+            "group_size": layer.group if strategy == "group" else None, "dynamic": False,
+            "actorder": None if layer.order is None else "group",
+        }  # fmt: skip
+        insist(wanted.items() <= weights.items(), layer.name, "has by the config the weights", weights, "not", wanted)
+        insist(found[0]["format"] == ("int-quantized" if kind else "pack-quantized"), layer.name, "has the format", found[0]["format"])
+        insist((inputs is None) == (kind == ""), layer.name, "has by the config the inputs", inputs)
+        if inputs is not None:
+            dynamic = kind == "dynamic"
+            expected = {"num_bits": 8, "type": "int", "dynamic": dynamic, "strategy": "token" if dynamic else "tensor"}
+            expected["symmetric"] = dynamic or not layer.input_zero
+            insist(expected.items() <= inputs.items(), layer.name, "has by the config the inputs", inputs, "not", expected)
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -885,7 +1198,8 @@ class Round:
         options += [] if rng.random() < 0.15 else ["--jobs", str(rng.integers(1, 5))]
         for flag, value in (("--scale-dtype", task.scale_dtype), ("--serve-dtype", task.serve_dtype)):
             options += [] if value is None else [flag, value]
-        options += ["--allow", "scale-subnormal"] if task.allowed else []
+        for code in task.allow:
+            options += ["--allow", code]
         command = ["convert", str(self.box.source), str(self.box.result), "--to", target, *options]
         limit = int(rng.integers(96, 513)) if rng.random() < 0.5 else self._least(command) + int(rng.integers(0, 3))
         over = rng.random() < 0.15 and self._older(rng)
@@ -909,7 +1223,8 @@ class Round:
         insist(refusals <= {"overflow?"}, "done, though it cannot be held:", *refusals)
         insist(ended.report["resumed"] == had_work, "resumed is", ended.report["resumed"], "but the journal held work:", had_work)
         exact = check_result(task, self.box.result, shard)
-        self._check_certificate(proof, exact, kernels)
+        dropped = any(layer.input_scale is not None and not task.inputs(layer) for layer in task.model.layers)
+        self._check_certificate(proof, exact, kernels, dropped)
         insist(not self.box.leaked("out"), "left behind:", *self.box.leaked("out"))
         insist(self.share <= 1, "used more memory than it may, and is right otherwise")
         return "exact" if exact else "rounded"
@@ -920,7 +1235,10 @@ class Round:
         for _ in range(40):
             scale = str(rng.choice(["keep", *TORCH])) if rng.random() < 0.45 else None
             serve = str(rng.choice(["float16", "bfloat16"])) if target.startswith("msmodelslim") and rng.random() < 0.3 else None
-            task = Task(draw_model(rng, source, size), target, scale, serve, rng.random() < 0.3)
+            allow = ("scale-subnormal",) * (rng.random() < 0.3)
+            if source == "msmodelslim:w8a8" or source == "compressed-tensors:int":
+                allow += ("activations-dropped",) * (rng.random() < 0.7) + ("deq-scale-differs",) * (rng.random() < 0.4)
+            task = Task(draw_model(rng, source, size), target, scale, serve, allow)
             if any_will_do or not task.refusals():
                 break
         return task
@@ -938,7 +1256,8 @@ class Round:
         """Try to put an older result where the new one will go."""
         target = str(rng.choice(list(TARGETS)))
         folders = [str(self.box.source), str(self.box.result)]
-        ended = run(self.box, ["convert", *folders, "--to", target, "--json", "--allow", "scale-subnormal"])
+        allow = [word for code in ("scale-subnormal", "activations-dropped") for word in ("--allow", code)]
+        ended = run(self.box, ["convert", *folders, "--to", target, "--json", *allow])
         insist(ended.code in {0, 3}, "older result: exit", ended.code, ended.report, ended.stderr)
         return ended.code == 0
 
@@ -992,8 +1311,11 @@ class Round:
         insist(not older or (self.box.result / "weighbridge.json").read_bytes() == older, "a refusal changed the older result")
         self.note += f"; {ended.report['error'][:90]}"
 
-    def _check_certificate(self, proof: bool, exact: bool, kernels: str) -> None:
-        """The certificate says what was found here, and its digests are those that the commands find."""
+    def _check_certificate(self, proof: bool, exact: bool, kernels: str, dropped: bool) -> None:
+        """The certificate says what was found here, and its digests are those that the commands find.
+
+        dropped: static scales of inputs were left out, which are in the source's fingerprint, and in neither of the certificate's
+        """
         said = json.loads((self.box.result / "weighbridge.json").read_text())
         insist(said["proved"] == proof, "proved is", said["proved"])
         digests = []
@@ -1001,10 +1323,11 @@ class Round:
             ended = run(self.box, ["fingerprint", str(path), "--json"], kernels)
             insist(ended.code == 0, "fingerprint: exit", ended.code, ended.report, ended.stderr)
             digests.append(ended.report["fingerprint"])
-        insist((digests[0] == digests[1]) == exact, "exact is", exact, "and the fingerprints", *digests)
+        insist((digests[0] == digests[1]) == (exact and not dropped), "exact is", exact, "and the fingerprints", *digests)
         if proof:
             certified = [said["fingerprint"][side]["total"] for side in ("source", "target")]
-            insist(certified == digests, "the certificate says", *certified, "and the folders", *digests)
+            insist(certified[dropped:] == digests[dropped:], "the certificate says", *certified, "and the folders", *digests)
+            insist(not dropped or (certified[0] == certified[1]) == exact, "exact is", exact, "and the certificate says", *certified)
             insist(said["exact"] == exact, "the certificate says exact:", said["exact"])
 
 

@@ -1,0 +1,331 @@
+"""``Calibrator``: quantize the linears of a model in place, with calibration data where activations need it.
+
+The order of things is msModelSlim's, because numbers depend on it:
+
+1. The float model runs on the first five samples: ``range_parm`` of every linear's input.
+2. Linears that stay float: ``disable_names``, the last linear, and the ``disable_level`` linears of largest range_parm. With
+   ``is_lowbit`` those are found after the first calibration sample instead, by the largest magnitude of their inputs.
+3. With ``kv_quant``, the float model runs on all samples.
+4. Every other linear is replaced: its weight is rounded, its input observed.
+5. The model runs on all samples, **with rounded weights and activations**, so a layer's scales come from what the layers before it
+   make after quantization.
+
+After ``run()`` the caller's model is the fake-quantized one, and ``layers`` holds what a file needs.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from formats.errors import UnreadableError, UsageError
+
+from .config import MIX_TYPES, QuantConfig
+from .devices import resolve
+from .fake import DigitSplitter, FakeQuantLinear, InputQuantizer
+from .kv_cache import CacheObserver
+from .layers import STATIC_TYPES, QuantizedLayer, check_linear, quantize_linear, with_inputs
+from .observers import CALM_RANGE, CalmRange, observer_for
+
+__all__ = ["Calibrator"]
+
+DATA_FREE_TYPES = ("W8A16", "W4A16", "W8A8_DYNAMIC", "NF4", "W4A8_DYNAMIC")
+FEATURE_SAMPLES = 5
+
+logger = logging.getLogger(__name__)
+
+
+class Calibrator:
+    """Quantizes ``model`` in place.
+
+    model           a torch module; its linears are found by class
+    cfg             how
+    calib_data      samples, each a list (model(*sample)) or a dict (model(**sample)); None or empty: data-free
+    disable_level   "L" and how many linears stay float because their activations are wild; more than there are means all
+    all_tensors     accepted and not used, as in msModelSlim
+    mix_cfg         {name or fnmatch pattern: "w8a8" | "w8a16" | "w8a8_dynamic" | "float"}; the first pattern that matches counts
+
+    After ``run()``: ``layers`` {name: QuantizedLayer}; ``float_names``, the linears that stayed float; ``kv_cache`` {tensor name:
+    tensor}; ``range_parm`` {linear: ratio}; ``torch_dtype``, what the model's config calls its dtype.
+
+    :raises UsageError: arguments that make no sense, or a setting that is not there yet
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cfg: QuantConfig,
+        calib_data: list[Any] | None = None,
+        disable_level: str = "L0",
+        all_tensors: dict[str, Tensor] | None = None,
+        mix_cfg: dict[str, str] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"model: {type(model).__name__} is not a torch module")
+        if not isinstance(cfg, QuantConfig):
+            raise UsageError(f"cfg: {type(cfg).__name__} is not a QuantConfig")
+        if not isinstance(disable_level, str) or not re.fullmatch(r"L(0|[1-9]\d*)", disable_level):
+            raise UsageError(f"disable_level: {disable_level!r} is not L0, L1, L2 and so on")
+        _check_supported(cfg)
+        self.model, self.cfg = model, cfg
+        self.calib_data = _checked_samples([] if calib_data is None else calib_data)
+        self.level = int(disable_level[1:])
+        self.mix_cfg = _checked_mix(mix_cfg or {})
+        self.torch_dtype = _declared_dtype(model)
+        self.layers: dict[str, QuantizedLayer] = {}
+        self.float_names: list[str] = []
+        self.kv_cache: dict[str, Tensor] = {}
+        self.range_parm: dict[str, float] = {}
+        self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self._disabled = self._named_float()
+        if not self.calib_data:
+            self._check_data_free()
+        for name, linear in self._linears.items():
+            if name not in self._disabled and (config := self._config_of(name)) is not None:
+                check_linear(name, linear, config)
+
+    @torch.no_grad()
+    def run(self, int_infer: bool = False) -> None:
+        """Calibrate, quantize, and leave the fake-quantized model in the caller's.
+
+        int_infer   accepted for scripts' sake; the fake-quantized model always computes in floats
+
+        :raises UnreadableError: NaN or infinite activations, or a static layer that no sample reached; the error names the layer
+        """
+        if int_infer:
+            logger.warning("int_infer: this fake-quantized model computes in floats; the stored numbers are the same")
+        device = resolve(self.cfg.dev_type, self.cfg.dev_id)
+        if not getattr(self.model, "hf_device_map", None):
+            self.model.to(device)
+        self.model.eval()
+        self.range_parm = self._observe_ranges()
+        floats = self._disabled | (set() if self.cfg.is_lowbit else self._wild_names())
+        cache = self._observe_cache()
+        replaced = self._replace(floats)
+        for index, sample in enumerate(self.calib_data):
+            largest = _watch_inputs(replaced) if index == 0 and self.level and self.cfg.is_lowbit else None
+            _forward(self.model, sample)
+            if largest is not None:
+                self._restore_wildest(largest())
+        self._finish(replaced)
+        if cache is not None:
+            self.kv_cache = cache.finish()
+        self.float_names = [name for name in self._linears if name not in self.layers]
+        logger.info("linears that stay float: %s", ", ".join(self.float_names) or "none")
+        self._linears.clear()  # the float weights are no longer needed
+
+    def _named_float(self) -> set[str]:
+        """``disable_names``, and the last linear if the config says so."""
+        if not self._linears:
+            raise UsageError("model: it has no nn.Linear to quantize")
+        modules = dict(self.model.named_modules())
+        for name in self.cfg.disable_names or []:
+            if name not in modules or not isinstance(modules[name], (nn.Linear, nn.Conv2d)):
+                raise UsageError(f"disable_names: {name!r} is no linear of this model; its first is {next(iter(self._linears))!r}")
+        disabled = set(self.cfg.disable_names or [])
+        if self.cfg.disable_last_linear:
+            disabled.add(list(self._linears)[-1])
+        return disabled
+
+    def _config_of(self, name: str) -> QuantConfig | None:
+        """The config of linear ``name``; None for a float one. An exact name in ``mix_cfg`` comes before patterns."""
+        chosen = self.mix_cfg.get(name)
+        if chosen is None:
+            chosen = next((kind for rule, kind in self.mix_cfg.items() if fnmatch.fnmatchcase(name, rule)), None)
+        config = self.cfg if chosen is None else self.cfg.for_layer(chosen)
+        return None if config.model_quant_type == "FLOAT" else config
+
+    def _check_data_free(self) -> None:
+        kind, method = self.cfg.model_quant_type, self.cfg.w_method
+        if kind not in DATA_FREE_TYPES or self.cfg.use_kvcache_quant:
+            what = "the KV cache" if kind in DATA_FREE_TYPES else kind
+            raise UsageError(f"calib_data: it is empty, and {what} needs samples; without them only {', '.join(DATA_FREE_TYPES)} work")
+        if method == "GPTQ":
+            raise UsageError("calib_data: it is empty, and GPTQ needs samples")
+        for name in self._linears:
+            config = None if name in self._disabled else self._config_of(name)
+            if config is not None and config.model_quant_type in STATIC_TYPES:
+                raise UsageError(f"{name}: {config.model_quant_type} needs samples, and calib_data is empty")
+
+    def _observe_ranges(self) -> dict[str, float]:
+        """range_parm of every linear that the first samples reach, in the order in which the model calls them."""
+        seen: dict[str, CalmRange] = {}
+
+        def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda module, args: seen.setdefault(name, CalmRange()).update(args[0])
+
+        hooks = [linear.register_forward_pre_hook(watcher(name)) for name, linear in self._linears.items()]
+        try:
+            for sample in self.calib_data[:FEATURE_SAMPLES]:
+                _forward(self.model, sample)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: ratio.range_parm() for name, ratio in seen.items()}
+
+    def _wild_names(self) -> set[str]:
+        """The ``disable_level`` linears of largest range_parm that are not float already."""
+        ranked = sorted(self.range_parm, key=self.range_parm.__getitem__, reverse=True)
+        wild = [name for name in ranked if name not in self._disabled][: self.level]
+        if self.level:
+            logger.info("Automatically disabled layer names are: %s", ", ".join(sorted(wild)))
+        return set(wild)
+
+    def _observe_cache(self) -> CacheObserver | None:
+        if not self.cfg.use_kvcache_quant:
+            return None
+        observer = CacheObserver(self.model, self.cfg.kv_sym)
+        try:
+            for sample in self.calib_data:
+                _forward(self.model, sample)
+        finally:
+            observer.remove()
+        return observer
+
+    def _replace(self, floats: set[str]) -> dict[str, FakeQuantLinear]:
+        """Put a fake-quantized linear in every other linear's place."""
+        replaced: dict[str, FakeQuantLinear] = {}
+        for name in [name for name in self._linears if name not in floats]:
+            config = self._config_of(name)
+            if config is None:
+                continue
+            linear = self._linears[name]
+            self.layers[name], weight = quantize_linear(name, linear, config)
+            replaced[name] = FakeQuantLinear(linear, weight, self._inputs(name, config))
+            _set_module(self.model, name, replaced[name])
+            if not (self.level and config.is_lowbit):
+                linear.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+        return replaced
+
+    def _inputs(self, name: str, config: QuantConfig) -> Callable[[Tensor], Tensor] | None:
+        if config.a_bit > 8:
+            return DigitSplitter(config.w_bit) if config.do_msd else None
+        if not self.calib_data:
+            return InputQuantizer(name, config, None)
+        ratio = self.range_parm.get(name, 0.0)
+        histogram = config.act_method == 2 or (config.act_method == 3 and ratio <= CALM_RANGE)
+        logger.info("use %s observer:%s.quant_input, range_parm:%s", "histogram" if histogram else "min-max", name, ratio)
+        return InputQuantizer(name, config, observer_for(config.act_method, ratio))
+
+    def _restore_wildest(self, largest: dict[str, float]) -> None:
+        """Make the ``disable_level`` lowbit linears of largest inputs float again."""
+        wild = sorted(largest, key=largest.__getitem__, reverse=True)[: self.level]
+        for name in wild:
+            _set_module(self.model, name, self._linears[name])
+            del self.layers[name]
+        logger.info("Automatically disabled layer names are: %s", ", ".join(sorted(wild)))
+
+    def _finish(self, replaced: dict[str, FakeQuantLinear]) -> None:
+        """End calibration: fix input scales."""
+        for name, layer in list(self.layers.items()):
+            inputs = replaced[name].inputs
+            if not isinstance(inputs, InputQuantizer):
+                continue
+            inputs.calibrating = False
+            inputs.observer = None
+            if layer.kind not in STATIC_TYPES:
+                continue
+            if inputs.scale is None or inputs.offset is None:
+                raise UnreadableError(
+                    f"{name}: no calibration sample reached this layer (an expert without tokens?), so it has no input scale; add "
+                    "samples, or add the layer to disable_names"
+                )
+            self.layers[name] = with_inputs(layer, inputs.scale.cpu(), inputs.offset.cpu())
+
+
+def _check_supported(cfg: QuantConfig) -> None:
+    """Refuse what msModelSlim has and this package does not, or not yet."""
+    missing = {
+        "w_method='GPTQ'": cfg.w_method == "GPTQ",
+        "w_method='NF' (its files cannot be dequantized)": cfg.w_method == "NF",
+        "W4A4 (FlatQuant trains)": cfg.model_quant_type == "W4A4_FLATQUANT_DYNAMIC",
+        "timestep_quant": cfg.use_timestep_quant,
+        "simulate_tp": cfg.tp_size is not None,
+        "fa_quant": cfg.use_fa_quant,
+        "nonuniform": cfg.nonuniform,
+        "do_smooth": cfg.do_smooth,
+    }
+    if asked := [name for name, wanted in missing.items() if wanted]:
+        raise UsageError(f"cfg: {asked[0]} is not supported")
+
+
+def _checked_samples(samples: list[Any]) -> list[Any]:
+    if not isinstance(samples, list):
+        raise UsageError(f"calib_data: {type(samples).__name__} is not a list of samples")
+    seen: set[tuple[Any, ...]] = set()
+    repeated = 0
+    for index, sample in enumerate(samples):
+        if not isinstance(sample, (list, tuple, dict)) or not sample:
+            raise UsageError(f"calib_data[{index}]: a sample is a list or a dict of the model's inputs, not {sample!r:.80}")
+        first = next(iter(sample.values())) if isinstance(sample, dict) else sample[0]
+        if isinstance(first, Tensor):
+            key = (tuple(first.shape), tuple(first.flatten().tolist()))
+            repeated += key in seen
+            seen.add(key)
+    if repeated:
+        logger.warning("calib_data: %d of %d samples repeat an earlier one, and add nothing", repeated, len(samples))
+    return samples
+
+
+def _checked_mix(mix_cfg: dict[str, str]) -> dict[str, str]:
+    if not isinstance(mix_cfg, dict):
+        raise UsageError(f"mix_cfg: {type(mix_cfg).__name__} is not a dict of layer patterns")
+    for rule, kind in mix_cfg.items():
+        if kind not in MIX_TYPES:
+            raise UsageError(f"mix_cfg: {rule!r} asks for {kind!r}, which is not one of {', '.join(MIX_TYPES)}")
+    return mix_cfg
+
+
+def _declared_dtype(model: nn.Module) -> torch.dtype | None:
+    """What the model's config says, which decides how deq_scale is stored; else the dtype of its first parameter."""
+    config = getattr(model, "config", None)
+    declared = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    if isinstance(declared, str):
+        declared = getattr(torch, declared, None)
+    if isinstance(declared, torch.dtype):
+        return declared
+    return next((parameter.dtype for parameter in model.parameters()), None)
+
+
+def _forward(model: nn.Module, sample: Any) -> None:
+    """Run ``model`` on one sample, wherever the sample's tensors are."""
+    device = next(model.parameters()).device
+
+    def there(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(sample, dict):
+        model(**{key: there(value) for key, value in sample.items()})
+    else:
+        model(*[there(value) for value in sample])
+
+
+def _watch_inputs(modules: dict[str, FakeQuantLinear]) -> Callable[[], dict[str, float]]:
+    """Watch the largest magnitude of each module's input; the result stops watching, and tells."""
+    largest = dict.fromkeys((name for name, module in modules.items()), 0.0)
+
+    def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            largest[name] = max(largest[name], float(args[0].abs().max()))
+
+        return watch
+
+    hooks = [module.register_forward_pre_hook(watcher(name)) for name, module in modules.items()]
+
+    def stop() -> dict[str, float]:
+        for hook in hooks:
+            hook.remove()
+        return largest
+
+    return stop
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
