@@ -35,6 +35,12 @@ def fused_name(name: str) -> str:
     return next((f"{parent}.{'+'.join(fused)}" for fused in FUSED if leaf in fused), name)
 
 
+def float_dtype(checkpoint: Checkpoint) -> str:
+    """The float dtype of most plain matrices; F16 if there are none."""
+    dtypes = Counter(checkpoint.tensors[name].dtype for name in checkpoint.plain_names if len(checkpoint.tensors[name].shape) == 2)
+    return next((dtype for dtype, _ in dtypes.most_common() if dtype in {"F16", "BF16", "F32"}), "F16")
+
+
 class Ledger:
     """What planning found so far: refusals, losses by code with their size and place, and layers worth a note."""
 
@@ -263,9 +269,7 @@ class Fitter:
         """dense: the dtype of its weights: asked for, or the model's own."""
         if self.settings.scale_dtype is not None:
             return SCALE_DTYPES.get(self.settings.scale_dtype, "F32")
-        checkpoint = self.checkpoint
-        dtypes = Counter(checkpoint.tensors[name].dtype for name in checkpoint.plain_names if len(checkpoint.tensors[name].shape) == 2)
-        return next((dtype for dtype, _ in dtypes.most_common() if dtype in {"F16", "BF16", "F32"}), "F16")
+        return float_dtype(self.checkpoint)
 
     def _carrier(self, bits: int) -> int:
         """Bits that codes are stored in: those asked for, else the fewest that the target has and that hold them."""
@@ -303,7 +307,7 @@ class Fitter:
                 siblings = [f"{parent}.{other}" for other in fused if other != leaf]
                 for sibling in siblings:
                     if sibling in others or (sibling in quantized and _served_as(quantized[sibling]) != _served_as(target)):
-                        found = "is float" if sibling in others else f"is {quantized[sibling].scheme}"
+                        found = "is float" if sibling in others else f"is {str(quantized[sibling].scheme).replace(' asym', '')}"
                         needs = f"its own scheme while {sibling.rpartition('.')[2]} {found}"
                         if self.spec.name == self.checkpoint.format and not self.holds.for_engine:
                             self.ledger.odd.append(f"{name} {needs.removeprefix('its own scheme ')}")

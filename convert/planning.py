@@ -26,7 +26,7 @@ from formats.layouts import expect_work
 from formats.safetensors_file import DTYPES, OutputFile, lay_out
 from formats.spec import Capabilities, FormatSpec, ModelFacts, Variant, input_kind
 
-from .fitting import REQUANTIZABLE, Fitter, Header, Ledger, fused_name, header_of
+from .fitting import REQUANTIZABLE, Fitter, Header, Ledger, float_dtype, fused_name, header_of
 from .matrices import scales_of
 from .memory import header_bytes, share
 from .notes import notes_of
@@ -109,7 +109,8 @@ class Planner:
         self.notes: list[str] = []
         self.dense = self.holds.dequantized
         config = model_config(checkpoint, base) or {}
-        self.half = "BF16" if "bfloat16" in (config.get("torch_dtype"), config.get("dtype")) else "F16"
+        said = config.get("torch_dtype", config.get("dtype"))
+        self.half = "BF16" if said == "bfloat16" or (said is None and float_dtype(checkpoint) == "BF16") else "F16"
         self.ledger = Ledger(f"{spec.name}:{variant.name}")
         self.fitter = Fitter(checkpoint, spec, variant, settings, self.ledger, self.half, bits)
         alike = spec.name == checkpoint.format  # a cache's scales have a spelling in their own format only
@@ -240,7 +241,17 @@ class Planner:
 
     def _apply(self, plan: LayerPlan, facts: Facts) -> LayerPlan:
         """Take what the probe found into a layer's plan."""
-        name = plan.target.name
+        name, args = plan.target.name, replace(plan.target.scheme.weights, symmetric=facts.symmetric)
+        source, inputs = replace(plan.source, weights=replace(plan.source.weights, symmetric=facts.symmetric)), plan.target.scheme.inputs
+        if inputs is not None and not inputs.dynamic:
+            inputs = replace(inputs, symmetric=facts.input_symmetric)
+        target = replace(plan.target, scheme=self.fitter.one(QuantScheme(args, inputs)))
+        found = self.spec.objection(target, self.variant.name)
+        if found is not None and found.code in REQUANTIZABLE and not plan.requantized and self.fitter.requantizes(1):
+            plan = replace(self.fitter.requantize(replace(plan, target=target), target.scale_dtype), source=source)
+            return self._apply(plan, replace(facts, symmetric=True, zero_low=128, zero_high=128, scale=Cast()))
+        if found is not None:
+            self.ledger.refuse(found.code, name, found.needs, found.offers, found.hint)
         if facts.scale.overflow is not None:
             dtype = plan.target.scale_dtype
             needs, offers = f"a scale of {facts.scale.overflow:.4g}", f"was asked to hold it in {TORCH_NAMES[dtype]}"
@@ -258,7 +269,6 @@ class Planner:
             self.ledger.lose(code, error, name)
         if self.dense and plan.target.scale_dtype != "F32":
             self.ledger.lose("weight-rounded", 2.0 ** -(11 if plan.target.scale_dtype == "F16" else 8), name)
-        args = replace(plan.target.scheme.weights, symmetric=facts.symmetric)
         spelled = "spell-zero-point" if self.holds.zero_points and "zero_points" not in self.holds.omits else "drop-zero-point"
         moves = (*plan.moves, spelled) if facts.symmetric and "repack" in plan.moves else plan.moves
         if not (facts.symmetric or self.holds.zero_points):
@@ -269,17 +279,6 @@ class Planner:
         if not self.dense and facts.zero_high >= 1 << args.bits:
             hint = "read its zero points in another way (--gptq-zeros mask), or convert to dense"
             self.ledger.refuse("zero-point", name, f"a zero point of {facts.zero_high}", f"ends at {(1 << args.bits) - 1}", hint)
-        source = replace(plan.source, weights=replace(plan.source.weights, symmetric=facts.symmetric))
-        inputs = plan.target.scheme.inputs
-        if inputs is not None and not inputs.dynamic:
-            inputs = replace(inputs, symmetric=facts.input_symmetric)
-        target = replace(plan.target, scheme=self.fitter.one(QuantScheme(args, inputs)))
-        found = self.spec.objection(target, self.variant.name)
-        if found is not None and found.code in REQUANTIZABLE and not plan.requantized and self.fitter.requantizes(1):
-            again = self.fitter.requantize(replace(plan, target=target), target.scale_dtype)
-            return self._apply(replace(again, source=source), replace(facts, symmetric=True, zero_low=128, zero_high=128))
-        if found is not None:
-            self.ledger.refuse(found.code, name, found.needs, found.offers, found.hint)
         return replace(plan, target=target, source=self.fitter.one(source), moves=self.fitter.one(moves))
 
     def _declare_alike(self, layers: list[LayerPlan]) -> list[LayerPlan]:

@@ -38,7 +38,7 @@ LOSSES: dict[str, tuple[bool, str]] = {
 
 
 HALF_STEP = 1 / 254
-"""What rounding anew to symmetric 8 bits can do to a weight, against the largest of its output."""
+"""What rounding anew to symmetric 8 bits can do to a weight, against the largest of its layer."""
 
 
 @dataclass(frozen=True, slots=True)

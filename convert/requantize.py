@@ -2,7 +2,7 @@
 
 Each output's scale is its largest weight over 127, in the dtype that the target stores; codes are the nearest to the law's float32
 weights. The proof digests the source's own weights on one side and what was written on the other, so the certificate has both, and
-the largest difference that was found, against the largest weight of its output: at most half a step, 1/254, and the scale's rounding.
+the largest difference that was found, against the largest weight of the layer: at most half a step, 1/254, and the scale's rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from formats import Checkpoint
-from formats.errors import NotSameError
+from formats.errors import NotSameError, RefusedError, UnreadableError
 from formats.ir import Array, QuantizedLinear, dequantize
 from formats.safetensors_file import DTYPES
 from formats.workspace import Workspace
@@ -24,7 +24,7 @@ from formats.workspace import Workspace
 from .matrices import Tile, leaves_of
 from .probe import to_float32
 from .proof import Found
-from .records import LayerPlan, Plan
+from .records import HALF_STEP, LayerPlan, Plan
 from .tiling import tiles_of
 from .writing import LayerWriter, Place, Task, Works, cast, vector
 
@@ -83,10 +83,20 @@ class RequantizingWriter(LayerWriter):
             for strip in tile.strips():
                 found = np.abs(tile.values(strip)).max(axis=1)
                 np.maximum(self._largest[strip], found, out=self._largest[strip])
+        if not np.isfinite(self._largest).all():
+            raise UnreadableError(
+                f"{layer.name}: a weight is not finite; the checkpoint is damaged, or was quantized from weights that were"
+            )
         scales = np.where(self._largest > 0, self._largest / np.float32(LARGEST), np.float32(1)).astype(np.float32)
         stored = cast(scales, DTYPES[target.scale_dtype])
         # A scale that rounds to 0 would divide by it: the dtype's smallest number says such an output well enough.
         stored = np.where(to_float32(stored) > 0, stored, np.nextafter(stored, np.ones_like(stored))).reshape(-1, 1)
+        error = np.abs(to_float32(stored)[:, 0] - scales) * (self._largest > 0) * LARGEST
+        if not (error <= HALF_STEP * self._largest.max()).all():
+            raise RefusedError(
+                f"{layer.name}: rounded anew it needs scales of up to {scales.max():.3g}, which {target.scale_dtype} does not hold within "
+                "the half step that was promised; use --scale-dtype bfloat16 or float32"
+            )
         return replace(
             layer, scheme=target.scheme, codes=_Codes(layer, stored), scales=stored, zero_points=None, outer=None, g_idx=None, extras={}
         )
@@ -125,8 +135,7 @@ class RequantizingWriter(LayerWriter):
             made = codes * scales + np.float32(0)
             left.append(leaves_of(values))
             right.append(leaves_of(made))
-            size = np.maximum(self._largest[strip], np.float32(1e-38)).reshape(-1, 1)
-            bound = max(bound, float((np.abs(made - values) / size).max(initial=0)))
+            bound = max(bound, float(np.abs(made - values).max(initial=0)) / (float(self._largest.max()) or 1.0))
         corner = layout.corner(rows.start, cols.start)
         output.write(info, block, *corner)
         if not self._theirs:

@@ -176,7 +176,7 @@ class MsModelSlim(Checkpoint):
                 raise UnreadableError(f"{location.folder.name}: no quant_model_description*.json beside the weights")
             description = location.read_json(path)
             packed, types, name = "version" in description, _types(description), path.name
-            said = {key: description[key] for key in ("kv_cache_type", "kv_quant_type") if key in description}
+            said = {key: description[key] for key in ("model_quant_type", *target.KV_KEYS) if isinstance(description.get(key), str)}
             del description  # before the headers are read: either is large for a model of many experts
             tensors = location.tensors("quant_model_weight")
         super().__init__(location, "msmodelslim", variant, tensors)

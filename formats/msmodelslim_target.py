@@ -28,6 +28,8 @@ PACKED_ROWS = PackLayout(bits=4, word="i1", axis="out", low=-8)
 PACKED_COLUMNS = PackLayout(bits=4, word="i1", axis="in", low=-8)
 """ascendv1 with one scale a row: two inputs a byte."""
 
+KV_KEYS = ("kv_cache_type", "kv_quant_type")
+"""What a description says of a quantized KV cache."""
 _PACKED = frozenset({"ascendv1", "vllm-ascend"})
 """Variants that pack 4-bit codes."""
 _SPLIT_INPUTS = ("down", "o_proj")
@@ -46,8 +48,9 @@ def type_of(layer: LayerTarget, variant: str) -> str:
 
 
 def _model_type(model: ModelFacts, variant: str) -> str:
-    """model_quant_type: the type of most layers."""
-    return Counter(type_of(layer, variant) for layer in model.layers).most_common(1)[0][0]
+    """model_quant_type: what the source calls itself, if a layer has that type, else the type of most."""
+    types, said = Counter(type_of(layer, variant) for layer in model.layers), model.said.get("model_quant_type")
+    return str(said) if said in types else types.most_common(1)[0][0]
 
 
 def outputs(layer: LayerTarget, variant: str) -> tuple[TensorSpec, ...]:
@@ -125,7 +128,7 @@ def quantization_config(model: ModelFacts, variant: str) -> tuple[Mapping[str, A
         if group_size is not None:
             description["group_size"] = group_size
     if model.attention:
-        description |= model.said
+        description |= {key: model.said[key] for key in KV_KEYS if key in model.said}
     for entry, name in model.entries:
         if entry == "plain":
             description[name] = "FLOAT"
@@ -156,7 +159,7 @@ _HOLDS = Capabilities(
     strategies=("channel", "group"),
     group_sizes=(256, 128, 64, 32),
     scale_dtypes=("keep", "F16", "BF16", "F32"),
-    inputs=("static", "dynamic", "both"),
+    inputs=("static", "dynamic"),
     outer=True,
     lm_head=True,
 )
@@ -166,14 +169,21 @@ VARIANTS = (
     Variant(
         "ascendv1",
         "Python API, save_type ascendV1: 4-bit codes packed",
-        replace(_HOLDS, multiple_of=(2, 2)),
+        replace(_HOLDS, multiple_of=(2, 2), inputs=("static", "dynamic", "both")),
         "MindIE, vllm-ascend (8 bits per channel)",
     ),
     Variant(
         "vllm-ascend",
         "ascendv1 in the types that vllm-ascend registers",
         replace(
-            _HOLDS, bits=(8,), strategies=("channel",), group_sizes=(), scale_dtypes=("model", "F16", "BF16"), outer=False, for_engine=True
+            _HOLDS,
+            bits=(8,),
+            strategies=("channel",),
+            group_sizes=(),
+            scale_dtypes=("model", "F16", "BF16"),
+            inputs=("static", "dynamic", "both"),
+            outer=False,
+            for_engine=True,
         ),
         "vllm-ascend",
     ),

@@ -21,7 +21,7 @@ sparse          ``co_sparse``                                                 fl
 6. Outliers (W8A8S): a row's weights beyond its ``fraction``-th largest, or beyond sigma_factor standard deviations of |w|, keep
    the scale of the others and get codes up to +-127.
 7. W4A8: stage one rounds rows to +-119 (absmax / 119); stage two divides groups by round(max(absmax_of_codes / 7, 1)).
-8. HQQ: the scale is refined by at most 20 half-quadratic steps (lp norm 0.7, beta 10, kappa 1.01) and stored in float16.
+8. HQQ: the scale is refined by at most 20 half-quadratic steps (per group 10; lp norm 0.7, beta 10, kappa 1.01), stored in float16.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RoundedWeight:
     """A weight, rounded. Scales and offsets keep the dtypes that msModelSlim stores.
 
     codes           [out, in] int8, as they are saved
-    scale, offset   [1], [] (lowbit per tensor), [out, 1] or [out, groups]
+    scale, offset   [1], [] (lowbit or HQQ, per tensor), [out, 1] or [out, groups]
     scale_second    [out, groups] float32, integral (W4A8's second stage), or None; offset_second: zeros, int64
     fake            [out, in] in the weight's dtype: what the fake-quantized model multiplies by
     """
@@ -93,11 +93,11 @@ def _row_wise(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def round_plain(weight: Tensor, bits: int, symmetric: bool, per_tensor: bool, hqq: bool = False) -> RoundedWeight:
-    """MinMax, or HQQ, in the weight's own dtype: scale and offset [1] or [out, 1]. HQQ per tensor may end with a scale by row."""
+    """MinMax, or HQQ, in the weight's own dtype: scale and offset [1] or [out, 1]. A scale that HQQ moved per tensor is []."""
     low, high = (weight.min(), weight.max()) if per_tensor else (weight.amin(1, keepdim=True), weight.amax(1, keepdim=True))
     scale, offset = linear_parameters(low, high, bits, symmetric)
     if hqq:
-        scale = _refined(weight, scale.float().reshape(-1, 1), offset.float().reshape(-1, 1), bits).half()
+        scale = _refined(weight, scale.float(), offset.float(), bits, steps=20).half()
         offset = offset.half()
     rows_scale, rows_offset = _row_wise(weight, scale), _row_wise(weight, offset)
     fake = dequantized(codes_of(weight, rows_scale, rows_offset, bits), rows_scale, rows_offset, weight)
@@ -125,7 +125,7 @@ def round_groups(weight: Tensor, bits: int, symmetric: bool, group_size: int, hq
     scale, offset = _lowbit_parameters(rows, bits, symmetric)
     if hqq:
         refined = [
-            _refined(rows[group::groups], scale[group::groups], offset[group::groups], bits)
+            _refined(rows[group::groups], scale[group::groups], offset[group::groups], bits, steps=10)
             for groups in (weight.shape[1] // group_size,)
             for group in range(groups)
         ]
@@ -214,14 +214,15 @@ def round_two_stages(weight: Tensor, group_size: int) -> RoundedWeight:
     )
 
 
-def _refined(weight: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """HQQ's scale, float32 [rows, 1], for ``weight`` [rows, n]: the best mean absolute error on the way (rule 8).
+def _refined(weight: Tensor, scale: Tensor, offset: Tensor, bits: int, steps: int) -> Tensor:
+    """HQQ's scale for ``weight`` [rows, n], float32 like ``scale``: [rows, 1], or [1] for one scale (rule 8).
 
-    The steps end when the error grows, so the result is never worse than the scale given. The tool takes all rows' error
-    together, and solves for the scale as if the offset were 0, so with offsets it rarely moves.
+    The steps end when the mean absolute error of all rows grows, so the result is never worse than the scale given. The tool solves
+    for the scale as if the offset were 0, so with offsets it rarely moves. It sums products in the order of a matrix product; the
+    order here differs, so one scale in some hundreds is a float16 step away from the tool's.
     """
     values, best, best_error, beta = weight.float(), scale, float("inf"), 10.0
-    for _ in range(21):
+    for _ in range(steps + 1):
         codes = codes_of(values, scale, offset, bits)
         fake = dequantized(codes, scale, offset, values)
         error = float((values - fake).abs().mean())
@@ -229,9 +230,13 @@ def _refined(weight: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor
             break
         best, best_error = scale, error
         residual = values - fake
-        shrunk = torch.sign(residual) * torch.relu(residual.abs() - residual.abs().pow(0.7 - 1) / beta)
-        power = (codes * codes).sum(1, keepdim=True)
-        solved = (codes * (values - shrunk)).sum(1, keepdim=True) / power
-        scale = torch.where((power > 0) & torch.isfinite(solved) & (solved > 0), solved, best)
+        shrunk = torch.sign(residual) * torch.relu(residual.abs() - residual.abs().pow(0.7 - 1) * (1 / beta))
+        power, product = codes * codes, codes * (values - shrunk)
+        if scale.numel() > 1 or scale.ndim == 2:
+            power, product = power.sum(1, keepdim=True), product.sum(1, keepdim=True)
+        else:
+            power, product = power.sum(), product.sum()
+        solved = product / power
+        scale = torch.where((power > 0) & torch.isfinite(solved) & (solved > 0), solved, best.reshape(solved.shape))
         beta *= 1.01
     return best
