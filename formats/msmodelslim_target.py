@@ -129,9 +129,10 @@ def quantization_config(model: ModelFacts, variant: str) -> tuple[Mapping[str, A
             description["group_size"] = group_size
     if model.attention:
         description |= {key: model.said[key] for key in KV_KEYS if key in model.said}
+    labels = model.said.get("labels", {})  # of plain tensors that are not FLOAT: AntiOutlier's copies of norms
     for entry, name in model.entries:
         if entry == "plain":
-            description[name] = "FLOAT"
+            description[name] = labels.get(name, "FLOAT")
             continue
         for spec in outputs(layers[name], variant):
             description[spec.name] = "FLOAT" if spec.part == "bias" else type_of(layers[name], variant)

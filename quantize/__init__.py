@@ -12,7 +12,10 @@ configs need neither.
 ``devices``          the only module that names a device
 ``rounding``         weights -> codes, scales, offsets
 ``observers``        what calibration remembers of activations, and the scales that follow
+``layers``           one linear, quantized: the numbers that a file needs
 ``fake``             the linear that takes a quantized layer's place in the caller's model
+``kv_cache``         scales of an int8 KV cache (C8)
+``attention``        scales of 8-bit attention (FA3)
 ``calibrator``       ``Calibrator``: which layers, calibration, results
 ``anti_outlier``     ``AntiOutlier``: smoothing before quantization
 ===================  ==========================================================================================

@@ -51,6 +51,10 @@ SKIPPING_METHODS = ("m3", "m4", "m6")  # that honour disable_anti_names
 HEAD_KEYS = ("num_attention_heads", "n_head", "num_heads", "heads_num")
 
 
+WRAPPED_NORMS = "weighbridge_wrapped_norms"
+"""Attribute of a smoothed model that names ``AntiOutlier.wrapped_norms``, for who saves it."""
+
+
 class AntiOutlier:
     """Smooths ``model`` in place. After ``process()``:
 
@@ -97,6 +101,7 @@ class AntiOutlier:
         :raises UnreadableError: activations or weights that hold NaN or an infinity
         :raises RefusedError: a scale that the model's dtype cannot hold; what was smoothed before is kept, the function preserved
         """
+        setattr(self.model, WRAPPED_NORMS, self.wrapped_norms)
         with torch.no_grad():
             subgraphs = self.subgraphs()
             statistics = self._statistics({subgraph.targets[0] for subgraph in subgraphs})
@@ -211,8 +216,9 @@ class AntiOutlier:
 
         _shift(source, targets, shift)
         source.weight.copy_(divided)
-        if source.bias is not None:
-            source.bias[chosen] /= scale
+        bias = getattr(source, "bias", None)
+        if bias is not None:
+            bias[chosen] /= scale
         for name, target, weight in zip(subgraph.targets, targets, multiplied, strict=True):
             target.weight.copy_(weight)
             self.scales[name] = columns.clone()
@@ -222,13 +228,11 @@ class AntiOutlier:
             self.shifts[subgraph.source] = shift.clone()
 
     def _norm(self, subgraph: Subgraph) -> Any:
-        """The norm of a subgraph: a module with a weight ``[C]``, and with a bias ``[C]`` or None."""
+        """The norm of a subgraph: a module with a weight ``[C]``."""
         norm = self._modules.get(subgraph.source)
         weight, channels = getattr(norm, "weight", None), self._linear(subgraph.targets[0]).in_features
         if norm is None or not isinstance(weight, Tensor) or weight.shape != (channels,):
             raise UsageError(f"{subgraph.source}: is no norm of {channels} channels in this model; pass architecture=Architecture(...)")
-        if getattr(norm, "bias", None) is None:
-            norm.bias = None
         return norm
 
     def _scale(self, subgraph: Subgraph, statistics: ActivationStatistics, targets: list[nn.Linear]) -> Tensor:
@@ -282,7 +286,8 @@ class AntiOutlier:
                 f"{subgraph.targets[0]}: {target.in_features} channels in {counts[-1] if counts else 'an unknown number of'} heads;"
                 f" the config must say how many in one of {', '.join(HEAD_KEYS)}"
             )
-        return int(target.in_features // counts[-1])
+        head_dim: int = target.in_features // counts[-1]
+        return head_dim
 
 
 def value_rows(rows: Rows, out_features: int, in_features: int, head_dim: int) -> Tensor:
@@ -299,10 +304,8 @@ def value_rows(rows: Rows, out_features: int, in_features: int, head_dim: int) -
         width = (out_features - in_features) // 2
         if width <= 0 or width % head_dim or out_features != in_features + 2 * width:
             raise UsageError(f"a fused source of {out_features} rows cannot hold queries of {in_features}, keys and values")
-        if rows == "last":
-            chosen = every[-width:]
-        else:
-            chosen = every.reshape(width // head_dim, -1, head_dim)[:, -1].reshape(-1)
+        grouped = every.reshape(-1, head_dim) if rows == "last" else every.reshape(width // head_dim, -1, head_dim)[:, -1]
+        chosen = grouped.reshape(-1)[-width:]
     if chosen.numel() == 0 or in_features % chosen.numel() or chosen.numel() % head_dim:
         raise UsageError(f"a source with {chosen.numel()} rows of values cannot feed a linear of {in_features} channels")
     return chosen
@@ -338,8 +341,8 @@ def _shift(norm: Any, linears: Sequence[nn.Linear], shift: Tensor | None) -> Non
     """Take ``shift[C]`` off a norm's output, and add ``W @ shift`` to the biases of the linears that read it."""
     if shift is None:
         return
-    if norm.bias is None:
-        norm.bias = nn.Parameter(torch.zeros_like(norm.weight, dtype=torch.float32))
+    if getattr(norm, "bias", None) is None:
+        norm.bias = nn.Parameter(torch.zeros_like(norm.weight, dtype=torch.promote_types(norm.weight.dtype, torch.float32)))
         norm.register_forward_hook(_add_bias)
     norm.bias -= shift
     for linear in linears:
@@ -347,7 +350,7 @@ def _shift(norm: Any, linears: Sequence[nn.Linear], shift: Tensor | None) -> Non
         if linear.bias is None:
             linear.bias = nn.Parameter(moved)
         else:
-            linear.bias += moved
+            linear.bias.add_(moved)
 
 
 def _add_bias(norm: nn.Module, inputs: Any, output: Tensor) -> Tensor:

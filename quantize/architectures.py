@@ -10,10 +10,10 @@ Measured on the tool, and kept here as data:
 1. Qwen3 and Qwen3-MoE have an adapter of their own (``llm_ptq/model/qwen3``): value -> output comes before norm -> qkv, m4 runs with
    alpha 0.5 instead of 0.9 and shifts the norms' outputs, and Qwen3-MoE's MLPs, dense ones too, are left alone.
 2. The tool knows three layouts of a fused source, by its shape alone: as wide as the target is (all rows), ``2 *`` as wide (per head
-   one half untouched, one half scaled), anything else (the last rows). Twice as wide is also what ChatGLM2's gate and up are, and
-   InternLM2's fused wqkv is grouped by key head: there the tool's m4 and m6 change what the model computes. Ours name the rows
-   that the model's own forward reads, so the function is preserved and the scales differ from the tool's in these three places:
-   ``mlp.dense_h_to_4h`` of ChatGLM2, ``attention.wqkv`` of InternLM2 (value -> output), and nowhere else.
+   one half untouched, one half scaled), anything else (the last rows). But twice as wide is what ChatGLM2's gate and up are, too, and
+   InternLM2's wqkv is grouped by key head: there the tool's m4 and m6 change what the model computes (measured on stand-ins: logits
+   of about 1 by up to 1.3). Ours scale the rows that the model's own forward reads, so they preserve the function, and differ from
+   the tool's in those two places: ``mlp.dense_h_to_4h`` -> ``dense_4h_to_h`` of ChatGLM2, ``attention.wqkv`` -> ``wo`` of InternLM2.
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ The order of things is msModelSlim's, because numbers depend on it:
    make after quantization.
 
 After ``run()`` the caller's model is the fake-quantized one, and ``layers`` holds what a file needs.
+
+Where this differs from the tool, on purpose: linears that ``is_lowbit`` with ``disable_level`` makes float are float in the model and
+in files; the tool goes on rounding them (W4A8) or their inputs (per group), and leaves their weights out of its files. Attention
+(FA3) is observed in any model of transformers; a KV cache is rounded by channel, not in the order in which its elements lie.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import fnmatch
 import logging
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +31,7 @@ from torch import Tensor, nn
 
 from formats.errors import UnreadableError, UsageError
 
+from .attention import AttentionObserver
 from .config import MIX_TYPES, QuantConfig
 from .devices import resolve
 from .fake import DigitSplitter, FakeQuantLinear, InputQuantizer
@@ -37,6 +43,8 @@ __all__ = ["Calibrator"]
 
 DATA_FREE_TYPES = ("W8A16", "W4A16", "W8A8_DYNAMIC", "NF4", "W4A8_DYNAMIC")
 FEATURE_SAMPLES = 5
+
+Progress = Callable[[str, int, int], None]
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +60,7 @@ class Calibrator:
     mix_cfg         {name or fnmatch pattern: "w8a8" | "w8a16" | "w8a8_dynamic" | "float"}; the first pattern that matches counts
 
     After ``run()``: ``layers`` {name: QuantizedLayer}; ``float_names``, the linears that stayed float; ``kv_cache`` {tensor name:
-    tensor}; ``range_parm`` {linear: ratio}; ``torch_dtype``, what the model's config calls its dtype.
+    tensor} and ``attention`` (FA3) the same; ``range_parm`` {linear: ratio}; ``torch_dtype``, what the model's config calls its dtype.
 
     :raises UsageError: arguments that make no sense, or a setting that is not there yet
     """
@@ -81,6 +89,7 @@ class Calibrator:
         self.layers: dict[str, QuantizedLayer] = {}
         self.float_names: list[str] = []
         self.kv_cache: dict[str, Tensor] = {}
+        self.attention: dict[str, Tensor] = {}
         self.range_parm: dict[str, float] = {}
         self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         self._disabled = self._named_float()
@@ -90,16 +99,20 @@ class Calibrator:
             if name not in self._disabled and (config := self._config_of(name)) is not None:
                 check_linear(name, linear, config)
 
-    @torch.no_grad()
-    def run(self, int_infer: bool = False) -> None:
+    def run(self, int_infer: bool = False, progress: Progress | None = None) -> None:
         """Calibrate, quantize, and leave the fake-quantized model in the caller's.
 
         int_infer   accepted for scripts' sake; the fake-quantized model always computes in floats
+        progress    called as (what, done, of): "layers" after each linear, "samples" after each calibration sample
 
         :raises UnreadableError: NaN or infinite activations, or a static layer that no sample reached; the error names the layer
         """
         if int_infer:
             logger.warning("int_infer: this fake-quantized model computes in floats; the stored numbers are the same")
+        with torch.no_grad():
+            self._run(progress or (lambda what, done, of: None))
+
+    def _run(self, progress: Progress) -> None:
         device = resolve(self.cfg.dev_type, self.cfg.dev_id)
         if not getattr(self.model, "hf_device_map", None):
             self.model.to(device)
@@ -107,18 +120,27 @@ class Calibrator:
         self.range_parm = self._observe_ranges()
         floats = self._disabled | (set() if self.cfg.is_lowbit else self._wild_names())
         cache = self._observe_cache()
-        replaced = self._replace(floats)
-        for index, sample in enumerate(self.calib_data):
-            largest = _watch_inputs(replaced) if index == 0 and self.level and self.cfg.is_lowbit else None
-            _forward(self.model, sample)
-            if largest is not None:
-                self._restore_wildest(largest())
+        replaced = self._replace(floats, progress)
+        attention = AttentionObserver(self.model, self.cfg.disable_names or []) if self.cfg.use_fa_quant else None
+        with attention.watching() if attention is not None else nullcontext():
+            self._calibrate(replaced, progress)
         self._finish(replaced)
+        if attention is not None:
+            self.attention = attention.finish()
         if cache is not None:
             self.kv_cache = cache.finish()
         self.float_names = [name for name in self._linears if name not in self.layers]
         logger.info("linears that stay float: %s", ", ".join(self.float_names) or "none")
         self._linears.clear()  # the float weights are no longer needed
+
+    def _calibrate(self, replaced: dict[str, FakeQuantLinear], progress: Progress) -> None:
+        """Run the model, quantized so far, on every sample."""
+        for index, sample in enumerate(self.calib_data):
+            largest = _watch_inputs(replaced) if index == 0 and self.level and self.cfg.is_lowbit else None
+            _forward(self.model, sample)
+            if largest is not None:
+                self._restore_wildest(largest())
+            progress("samples", index + 1, len(self.calib_data))
 
     def _named_float(self) -> set[str]:
         """``disable_names``, and the last linear if the config says so."""
@@ -126,7 +148,8 @@ class Calibrator:
             raise UsageError("model: it has no nn.Linear to quantize")
         modules = dict(self.model.named_modules())
         for name in self.cfg.disable_names or []:
-            if name not in modules or not isinstance(modules[name], (nn.Linear, nn.Conv2d)):
+            attention = self.cfg.use_fa_quant and type(modules.get(name)).__name__.endswith("Attention")
+            if name not in modules or not (isinstance(modules[name], (nn.Linear, nn.Conv2d)) or attention):
                 raise UsageError(f"disable_names: {name!r} is no linear of this model; its first is {next(iter(self._linears))!r}")
         disabled = set(self.cfg.disable_names or [])
         if self.cfg.disable_last_linear:
@@ -143,8 +166,8 @@ class Calibrator:
 
     def _check_data_free(self) -> None:
         kind, method = self.cfg.model_quant_type, self.cfg.w_method
-        if kind not in DATA_FREE_TYPES or self.cfg.use_kvcache_quant:
-            what = "the KV cache" if kind in DATA_FREE_TYPES else kind
+        if kind not in DATA_FREE_TYPES or self.cfg.use_kvcache_quant or self.cfg.use_fa_quant:
+            what = ("the KV cache" if self.cfg.use_kvcache_quant else "attention") if kind in DATA_FREE_TYPES else kind
             raise UsageError(f"calib_data: it is empty, and {what} needs samples; without them only {', '.join(DATA_FREE_TYPES)} work")
         if method == "GPTQ":
             raise UsageError("calib_data: it is empty, and GPTQ needs samples")
@@ -188,19 +211,19 @@ class Calibrator:
             observer.remove()
         return observer
 
-    def _replace(self, floats: set[str]) -> dict[str, FakeQuantLinear]:
+    def _replace(self, floats: set[str], progress: Progress) -> dict[str, FakeQuantLinear]:
         """Put a fake-quantized linear in every other linear's place."""
         replaced: dict[str, FakeQuantLinear] = {}
-        for name in [name for name in self._linears if name not in floats]:
-            config = self._config_of(name)
-            if config is None:
-                continue
+        configs = {name: config for name in self._linears if name not in floats and (config := self._config_of(name)) is not None}
+        for name, config in configs.items():
             linear = self._linears[name]
             self.layers[name], weight = quantize_linear(name, linear, config)
+            logger.info("%s: %s, weight error %.3g", name, self.layers[name].kind, self.layers[name].weight_error)
             replaced[name] = FakeQuantLinear(linear, weight, self._inputs(name, config))
             _set_module(self.model, name, replaced[name])
             if not (self.level and config.is_lowbit):
                 linear.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+            progress("layers", len(replaced), len(configs))
         return replaced
 
     def _inputs(self, name: str, config: QuantConfig) -> Callable[[Tensor], Tensor] | None:
@@ -247,7 +270,7 @@ def _check_supported(cfg: QuantConfig) -> None:
         "W4A4 (FlatQuant trains)": cfg.model_quant_type == "W4A4_FLATQUANT_DYNAMIC",
         "timestep_quant": cfg.use_timestep_quant,
         "simulate_tp": cfg.tp_size is not None,
-        "fa_quant": cfg.use_fa_quant,
+        "fa_amp": cfg.fa_amp > 0,
         "nonuniform": cfg.nonuniform,
         "do_smooth": cfg.do_smooth,
     }

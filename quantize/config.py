@@ -187,9 +187,7 @@ class QuantConfig:
         _whole("max_dynamic_step", max_dynamic_step, low=0)
         return self._changed(use_timestep_quant=True, max_dynamic_step=max_dynamic_step)
 
-    def simulate_tp(
-        self, tp_size: int, enable_communication_quant: bool = True, enable_per_device_quant: bool = True
-    ) -> QuantConfig:
+    def simulate_tp(self, tp_size: int, enable_communication_quant: bool = True, enable_per_device_quant: bool = True) -> QuantConfig:
         """Quantize as ``tp_size`` devices would, each its part. Returns this config."""
         _whole("tp_size", tp_size, TENSOR_PARALLEL_SIZES)
         for name, value in (
@@ -320,9 +318,7 @@ class QuantConfig:
             kind = "W8A8_TIMESTEP"
         elif self.is_dynamic:
             kind = {(8, 8): "W8A8_DYNAMIC", (4, 8): "W4A8_DYNAMIC", (4, 4): "W4A4_FLATQUANT_DYNAMIC"}.get(bits, "UNKNOWN")
-        elif self.co_sparse:
-            kind = "W8A8S"
-        elif bits == (4, 8) and self.is_lowbit:
+        elif self.co_sparse or (bits == (4, 8) and self.is_lowbit):
             kind = "W8A8S"
         else:
             kind = {(8, 8): "W8A8", (8, 16): "W8A16", (4, 16): "W4A16", (16, 16): "FLOAT"}.get(bits, "UNKNOWN")
@@ -365,7 +361,8 @@ class AntiOutlierConfig:
 
     def __post_init__(self) -> None:
         self.disable_anti_names = [] if self.disable_anti_names is None else self.disable_anti_names
-        self.flex_config = {"alpha": None, "beta": None} | ({} if self.flex_config is None else self.flex_config)
+        flex: dict[str, float | None] = {"alpha": None, "beta": None}
+        self.flex_config = flex if self.flex_config is None else flex | self.flex_config
         self.device = device_name(self.dev_type, self.dev_id)
         if self.anti_method not in ANTI_METHODS:
             raise UsageError(f"anti_method: {self.anti_method!r} is not one of {', '.join(ANTI_METHODS)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from formats.errors import UsageError
 
@@ -55,7 +55,7 @@ def resolve(dev_type: str, dev_id: int | None = None) -> torch.device:
             importlib.import_module("torch_npu")
         except ImportError as error:
             raise UsageError(f"device {name}: torch_npu is not installed ({error}); install it, or ask for cpu") from error
-        npu = torch.npu  # type: ignore[attr-defined]
+        npu: Any = vars(torch)["npu"]  # torch_npu put it there
         npu.set_compile_mode(jit_compile=False)
         npu.set_option(dict(NPU_OPTIONS))
     elif name.startswith("cuda") and int(name.partition(":")[2]) >= torch.cuda.device_count():

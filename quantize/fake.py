@@ -116,6 +116,7 @@ def quantize_cache(attention: nn.Module, scales: dict[str, Tensor]) -> Any:
 
     What a call computes itself still sees its own keys and values unrounded, and later calls see them rounded, as the tool has it.
     """
+
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
         layer = getattr(module, "layer_idx", None)

@@ -7,7 +7,8 @@ are known by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -41,7 +42,7 @@ class CacheObserver:
             known = ", ".join((*KEY_LINEARS, *VALUE_LINEARS, *FUSED_LINEARS))
             raise UsageError(f"kv_quant: no linear of this model is named as keys or values are ({known})")
 
-    def _watcher(self, name: str, last: str):  # type: ignore[no-untyped-def]
+    def _watcher(self, name: str, last: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if last not in FUSED_LINEARS:
                 self._range(name).update(output)
@@ -58,9 +59,9 @@ class CacheObserver:
     def _split(self, last: str, hidden: int, output: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a fused projection's output [..., channels]."""
         if last == "wqkv":
-            config = self._model.config
-            heads = config.num_key_value_heads
-            by_head = output.unflatten(-1, (heads, -1, config.hidden_size // config.num_attention_heads))
+            config: Any = self._model.config
+            head_size = config.hidden_size // config.num_attention_heads
+            by_head = output.reshape(*output.shape[:-1], config.num_key_value_heads, -1, head_size)
             return by_head[..., -2, :].flatten(-2), by_head[..., -1, :].flatten(-2)
         keys, values = output[..., hidden:].chunk(2, -1)
         return keys, values

@@ -217,7 +217,7 @@ def split_by_digits(values: Tensor, bits: int) -> Tensor:
     rows = values.reshape(-1, values.shape[-1])
     absmax = rows.abs().amax(-1, keepdim=True) * 1.001
     unit = torch.where(absmax == 0, torch.zeros_like(rows), rows / absmax)
-    total = torch.floor(unit * first) / first
+    total: Tensor = torch.floor(unit * first) / first
     second = torch.floor((unit - total) * 1 * first * digit).clamp(max=digit)
     total = total + second / digit / first
     third = torch.floor((unit - total) * digit * first * digit).clamp(max=digit)

@@ -61,7 +61,7 @@ GRID = 20  # steps of m3 and m6
 class ActivationStatistics:
     """What one linear's input was, over the samples so far. Channels ``C``; all tensors in the activations' dtype, on their device.
 
-    ``shift`` is the middle of the extremes so far, so that the four ``centred`` values depend on the order of the samples, as the tool's do.
+    ``shift`` is the middle of the extremes so far, so the ``centred`` values depend on the samples' order, as the tool's do.
     ``first`` is the first sample as it came, ``[..., C]``; ``samples`` are all of them as ``[tokens, C]``, where they are kept. Both on
     the CPU.
     """
@@ -177,15 +177,16 @@ def _moved(shift: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _attention(outputs: Sequence[Tensor]) -> Tensor:
-    """Of q, k and v ``[..., tokens, width]``: attention in which all of k's width is one head. Of one output: that output."""
+    """Of q, k and v ``[..., tokens, width]``: attention in which all of k's width is one head, float32. Of one output: that output."""
     if len(outputs) == 1:
         return outputs[0]
     queries, keys, values = outputs
     width = keys.shape[-1]
+    root = queries.new_tensor(width).sqrt()  # in the model's dtype
     heads = []
-    for query in queries.split(width, -1):
-        weights = torch.softmax(query @ keys.transpose(-2, -1) / width**0.5, -1)
-        heads.append(weights @ values)
+    for start in range(0, queries.shape[-1], width):
+        weights = torch.softmax(queries[..., start : start + width] @ keys.transpose(-2, -1) / root, -1)
+        heads.append((weights @ values).float())
     return torch.cat(heads, -1)
 
 
@@ -200,7 +201,7 @@ def _rounded_input(values: Tensor) -> Tensor:
 
 def _unrounded_weight(weight: Tensor, bits: int) -> Tensor:
     """As the tool's weight quantizer in m2 leaves it: divided by one symmetric scale, clamped, NOT rounded, multiplied again."""
-    limit = 2 ** (bits - 1)
+    limit = 1 << (bits - 1)
     scale = (weight.abs().max() / (limit - 1)).clamp(EPSILON)
     return (weight / scale).clamp(-limit, limit - 1) * scale
 
@@ -235,7 +236,7 @@ def m3_ratio(
 
 def _rounded_rows(weight: Tensor, bits: int, symmetric: bool) -> Tensor:
     """Each row quantized over a range that holds 0, and back."""
-    limit = 2 ** (bits - 1)
+    limit = 1 << (bits - 1)
     least, most = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
     if symmetric:
         scale = (torch.maximum(-least, most) / (limit - 1)).clamp(EPSILON)
@@ -255,12 +256,19 @@ def m5_scale(statistics: ActivationStatistics, fence: float = 1.5, rate: float =
     outliers are those above the widest gap, less the variance of what is below. The minima are treated alike, downwards, except that
     there the variance is that of the suspects above the gap (both as the tool's cbq.py has it). Does not look at the weights.
     """
-    up, normal_up = _outliers(statistics.maximum, fence, upwards=True)
-    down, normal_down = _outliers(statistics.minimum, fence, upwards=False)
-    scale = torch.where(up, (statistics.maximum.float() / normal_up).pow(rate), 1.0)
-    if bool(normal_down != 0):
-        scale = torch.maximum(scale, torch.where(down, (statistics.minimum.float() / normal_down).pow(rate), 1.0))
+    up, normal = _outliers(statistics.maximum, fence, upwards=True)
+    scale = _excess(statistics.maximum, up, normal, rate)
+    down, normal = _outliers(statistics.minimum, fence, upwards=False)
+    if bool(normal != 0):
+        scale = torch.maximum(scale, _excess(statistics.minimum, down, normal, rate))
     return torch.where(scale == 0, 1.0, scale).to(statistics.maximum.dtype)
+
+
+def _excess(values: Tensor, outliers: Tensor, normal: Tensor, rate: float) -> Tensor:
+    """``(value / normal)^rate`` of ``[C]`` values that are outliers, else 1; float32."""
+    excess = torch.ones_like(values, dtype=torch.float32)
+    excess[outliers] = (values.float()[outliers] / normal) ** rate
+    return excess
 
 
 def _outliers(values: Tensor, fence: float, *, upwards: bool) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ its own; in some rounds it is killed on the way, up to three times, and the same
 decoders of this file, which follow the tools' own packing code, and compared: codes, zero points, scales as NumPy rounds them, the
 law's float32 values, what quantizes inputs and what an NPU derives from it, every other tensor byte for byte, what the configs say,
 the certificate, and the fingerprints. A refusal must be one that the expectations of this file name as well. No round may leave a
-file behind, or use more anonymous memory than --max-memory over that of a bare interpreter. 121 seeds in a row have all pairs of
+file behind, or use more anonymous memory than --max-memory over that of a bare interpreter. 143 seeds in a row have all pairs of
 formats.
 """
 
@@ -352,7 +352,7 @@ def draw_layer(rng: np.random.Generator, name: str, shape: tuple[int, int], grou
         scales = scales.astype(dtype)
     order = rng.permutation(np.arange(in_) // group).astype(np.int32) if traits.act_order and groups > 1 else None
     bias = None
-    if rng.random() < 0.3:
+    if rng.random() < (0.6 if traits.inputs else 0.3):
         bias = (rng.normal(0, 0.5, out) * (rng.random() > 0.15)).astype(dtype)
     wide = (out, groups)
     layer = Layer(
@@ -362,12 +362,12 @@ def draw_layer(rng: np.random.Generator, name: str, shape: tuple[int, int], grou
     if traits.inputs:
         layer.inputs = traits.inputs
         if traits.inputs != "dynamic":
-            layer.input_scale = (2 ** rng.uniform(-6, -1, 1)).astype(dtype)
+            input_scale = layer.input_scale = (2 ** rng.uniform(-6, -1, 1)).astype(dtype)
             layer.input_zero = int(rng.integers(-128, 128)) if rng.random() < 0.8 else 0
             layer.spelled = traits.spelled
         if layer.spelled == "sparse":  # the law's scale is the quotient of what is stored
-            stored = products(layer.input_scale, layer.scales)
-            layer.scales = (stored / layer.input_scale.astype(np.float32)).reshape(-1, 1)
+            stored = products(input_scale, layer.scales)
+            layer.scales = (stored / input_scale.astype(np.float32)).reshape(-1, 1)
             layer.per_tensor, layer.zeros = False, np.zeros_like(layer.zeros)
             layer.__dict__["deq_scale"] = stored
     return layer
@@ -606,8 +606,10 @@ def float_linears(model: Model) -> list[str]:
 
 
 class Holds(NamedTuple):
-    """What a target holds. smallest: zero point, unsigned; scales: None keeps the source's dtype, "half" where that is half precision.
+    """What a target holds. smallest: zero point, unsigned.
 
+    scales    their dtype; None: the source's; "model": that, but the model's instead of float32; "half": the same, but not in 8-bit
+              layers whose inputs are quantized
     inputs    whether they may be quantized; own: layers keep their own groups
     """
 
@@ -634,12 +636,14 @@ TARGETS = {
     "gptq:v2": Holds((2, 3, 4, 8), GROUPS, (32, 32), channel=True, act_order=True),
     "msmodelslim:safe_tensor": Holds((4, 8), (256, *GROUPS), (1, 1), None, channel=True, inputs=True),
     "msmodelslim:ascendv1": Holds((4, 8), (256, *GROUPS), (2, 2), None, channel=True, inputs=True),
+    "msmodelslim:vllm-ascend": Holds((8,), (), (1, 1), "model", channel=True, zeros=False, inputs=True),
+    "msmodelslim:mindie": Holds((4, 8), (256, 128, 64), (1, 1), None, channel=True, inputs=True),
     "compressed-tensors": Holds((4, 8), (), (8, 8), "half", channel=True, act_order=True, inputs=True, own=True),
     "dense:hf": Holds((2, 3, 4, 8), (), (1, 1), "dense", channel=True, act_order=True),
 }
 PAIRS = [(source, target) for source in SOURCES for target in (*TARGETS, "gptq")]
-PAIR_STEP = 10
-"""From a seed's pair to that of the next: twelve in a row have every source and every target, 121 every pair."""
+PAIR_STEP = 12
+"""From a seed's pair to that of the next: thirteen in a row have every source and every target, 143 every pair."""
 TORCH = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SMALLEST_NORMAL = {"F16": 2.0**-14, "BF16": 2.0**-126, "F32": 2.0**-126}
 
@@ -730,8 +734,9 @@ class Task:
     def _stored_in(self, stored: str, with_inputs: bool) -> str:
         if self.scale_dtype is not None:
             return TORCH.get(self.scale_dtype, stored)
-        if self.holds.scales == "half":
-            return {"float16": "F16", "bfloat16": "BF16"}[self.model.dtype] if stored == "F32" and not with_inputs else stored
+        if self.holds.scales in {"half", "model"}:
+            kept = stored != "F32" or (with_inputs and self.holds.scales == "half")
+            return stored if kept else {"float16": "F16", "bfloat16": "BF16"}[self.model.dtype]
         return self.holds.scales or stored
 
     def input_scale_in(self, layer: Layer) -> str:
@@ -808,6 +813,8 @@ class Task:
             yield "zero-point"
         dtype = self.scales_in(layer)
         if self.target in {"awq:gemv", "awq:gemv_fast", "awq:marlin"} and dtype != "F16":  # what their kernels read
+            yield "scale-dtype"
+        if self.target == "msmodelslim:vllm-ascend" and dtype == "F32":
             yield "scale-dtype"
         stored = cast(scales, dtype).astype(np.float32)
         if np.isinf(stored).any():
@@ -1017,7 +1024,7 @@ def check_config(task: Task, folder: Path) -> None:
     if task.variant.startswith("msmodelslim"):
         (path,) = folder.glob("quant_model_description*.json")
         types = json.loads(path.read_text())
-        insist(("version" in types) == task.variant.endswith("ascendv1"), "the description is of another variant")
+        insist(("version" in types) == task.variant.endswith(("ascendv1", "vllm-ascend")), "the description is of another variant")
         for layer in task.model.layers:
             kind = {"": "A16", "static": "A8", "dynamic": "A8_DYNAMIC", "both": "A8_MIX" if "version" in types else "A8"}[layer.inputs]
             wanted = f"W{task.bits(layer)}{kind}"

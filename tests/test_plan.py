@@ -511,7 +511,7 @@ class TestOtherTypes:
     def test_their_own_format_loses_nothing_of_them(self, tmp_path: Path, description: Path) -> None:
         decided = plan(described(description, tmp_path / "made"), "msmodelslim")
         assert (decided.refusals, decided.losses) == ([], [])
-        kinds = {"W8A8": "static", "W8A8_MIX": "both", "W8A8_DYNAMIC": "dynamic", "W4A8_DYNAMIC": "dynamic"}
+        kinds = {"W8A8": "static", "W8A8_MIX": "static", "W8A8_DYNAMIC": "dynamic", "W4A8_DYNAMIC": "dynamic"}
         # Of both kinds the default variant has the static one: its files are the same.
         wanted = {name: kinds[type_] for name, type_ in quantized_in(description).items()}
         assert {layer.target.name: layer.target.inputs for layer in decided.layers} == wanted

@@ -1,0 +1,245 @@
+"""From a calibrated model to files: msModelSlim's own, or any format that ``convert`` writes.
+
+The model is laid out in memory as msModelSlim's safe_tensor folder is (one code a byte), read by the reader of that format, and
+written by the conversion engine: so what is saved is planned, streamed, proved and certified like any conversion, and equals what
+converting a saved folder gives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convert.engine import Result, run
+from convert.options import Settings
+from convert.planning import Planner
+from formats import find_format
+from formats.arrays_file import ArraysFile
+from formats.checkpoint import Checkpoint, Location
+from formats.errors import UsageError
+from formats.ir import Array
+from formats.msmodelslim import MsModelSlim
+from formats.safetensors_file import DTYPES
+from formats.spec import FormatSpec
+
+from .anti_outlier import WRAPPED_NORMS
+from .layers import STATIC_TYPES, QuantizedLayer
+
+if TYPE_CHECKING:
+    from .calibrator import Calibrator
+
+SAVE_TYPES = {"safe_tensor": "msmodelslim:safe_tensor", "ascendV1": "msmodelslim:ascendv1"}
+"""msModelSlim's names of what we call variants."""
+WHOLE = 1 << 62
+"""Bytes of a file that is not divided."""
+
+_WEIGHTS, _DESCRIPTION = "quant_model_weight.safetensors", "quant_model_description.json"
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """A tensor's values as a NumPy array of its own dtype, bfloat16 as ml_dtypes' type."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        found: Array = tensor.view(torch.int16).numpy().view(DTYPES["BF16"])
+        return found
+    return np.asarray(tensor.numpy())
+
+
+def tensors_of(calibrator: Calibrator) -> tuple[dict[str, Array], dict[str, str]]:
+    """(tensors, types) of the calibrated model, as msModelSlim's safe_tensor folder names them."""
+    wide = calibrator.torch_dtype != torch.bfloat16
+    tensors: dict[str, Array] = {}
+    types: dict[str, str] = {}
+    for name, tensor in calibrator.model.state_dict().items():
+        module = name.rpartition(".")[0]
+        if module in calibrator.layers:
+            if name.endswith(".weight"):
+                for part, array in _parts(calibrator.layers[module], wide).items():
+                    tensors[f"{module}.{part}"] = array
+                    types[f"{module}.{part}"] = "FLOAT" if part == "bias" else _type(calibrator, module)
+        else:
+            tensors[name], types[name] = to_numpy(tensor), "FLOAT"
+    for name, tensor in calibrator.kv_cache.items():
+        tensors[name], types[name] = to_numpy(tensor), "C8"
+    return tensors, types
+
+
+def _type(calibrator: Calibrator, module: str) -> str:
+    """A layer's type; static layers of a model that is for both phases of generation have a type of their own."""
+    kind = calibrator.layers[module].kind
+    return "W8A8_MIX" if kind == "W8A8" and calibrator.cfg.pdmix else kind
+
+
+def _parts(layer: QuantizedLayer, wide: bool) -> dict[str, Array]:
+    """A layer's tensors by leaf name. wide: deq_scale as int64, which holds the bits of a float32."""
+    parts: dict[str, Array] = {"weight": to_numpy(layer.codes)}
+    if layer.bias is not None:
+        parts["bias"] = to_numpy(layer.bias)
+    if layer.kind != "W8A8S":
+        for part in ("weight_scale", "weight_offset"):
+            found = to_numpy(getattr(layer, part))
+            parts[part] = found.reshape(1) if found.ndim == 0 else found
+    for part in ("weight_scale_second", "weight_offset_second"):
+        if (found := getattr(layer, part)) is not None:
+            parts[part] = to_numpy(found)
+    if layer.kind in STATIC_TYPES:
+        assert layer.input_scale is not None
+        assert layer.input_offset is not None
+        assert layer.deq_scale is not None
+        assert layer.quant_bias is not None
+        deq_scale = to_numpy(layer.deq_scale).reshape(-1)
+        parts |= {
+            "input_scale": to_numpy(layer.input_scale).reshape(1),
+            "input_offset": to_numpy(layer.input_offset).reshape(1),
+            "deq_scale": deq_scale.view(np.int32).astype(np.int64) if wide else deq_scale,
+            "quant_bias": to_numpy(layer.quant_bias),
+        }
+    return parts
+
+
+class WithNorms(MsModelSlim):
+    """A checkpoint whose AntiOutlier norm tensors are carried, as msModelSlim's own files have them."""
+
+    def _leave_out(self, tensor: str, module: str, leaf: str) -> bool:
+        return False
+
+
+def norm_tensors(calibrator: Calibrator, variant: str) -> tuple[dict[str, Array], dict[str, str]]:
+    """(tensors, types) that msModelSlim writes because AntiOutlier wraps norms: a bias in float32, and in safe_tensor copies."""
+    tensors: dict[str, Array] = {}
+    types: dict[str, str] = {}
+    for name in getattr(calibrator.model, WRAPPED_NORMS, ()):
+        norm = calibrator.model.get_submodule(name)
+        weight, bias = norm.weight, getattr(norm, "bias", None)
+        shift = torch.zeros(weight.shape, dtype=torch.float32) if bias is None else bias.float()
+        tensors[f"{name}.bias"], types[f"{name}.bias"] = to_numpy(shift), "FLOAT"
+        if variant == "safe_tensor":
+            for part, value in (("weight", weight), ("bias", shift)):
+                tensors[f"{name}.module.{part}"] = to_numpy(value)
+                types[f"{name}.module.{part}"] = calibrator.cfg.model_quant_type
+    return tensors, types
+
+
+def checkpoint_of(calibrator: Calibrator, norms_for: str = "") -> Checkpoint:
+    """The calibrated model as a checkpoint that lies in memory; norms_for: msModelSlim's variant whose norm tensors it has too."""
+    tensors, types = tensors_of(calibrator)
+    extra = norm_tensors(calibrator, norms_for) if norms_for else ({}, {})
+    tensors, types = {**tensors, **extra[0]}, {**types, **extra[1]}
+    description: dict[str, Any] = {"model_quant_type": calibrator.cfg.model_quant_type, **types}
+    if calibrator.kv_cache:
+        description |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
+    documents: dict[str, Any] = {_DESCRIPTION: description}
+    config = getattr(calibrator.model, "config", None)
+    if hasattr(config, "to_dict"):
+        documents["config.json"] = _plain(config.to_dict())
+
+    def opener(path: Path, number: int = 0) -> ArraysFile:
+        return ArraysFile(path, tensors, number)
+
+    location = Location(Path("model"), (_WEIGHTS, *documents), documents=documents, opener=opener)
+    if not norms_for:
+        return MsModelSlim(location, "safe_tensor")
+    found = WithNorms(location, "safe_tensor")
+    found.said["labels"] = {name: type_ for name, type_ in extra[1].items() if type_ != "FLOAT"}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready data out of a config, dtypes by their names."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value).removeprefix("torch.")
+
+
+def save(
+    calibrator: Calibrator,
+    output_path: str | os.PathLike[str],
+    safetensors_name: str | None = None,
+    json_name: str | None = None,
+    save_type: str | list[str] | None = None,
+    part_file_size: int | None = None,
+) -> list[Result]:
+    """What ``Calibrator.save`` does; a result for each save type but "numpy"."""
+    kinds = ["numpy"] if save_type is None else [save_type] if isinstance(save_type, str) else list(save_type)
+    for kind in kinds:
+        if kind != "numpy":
+            find_format(SAVE_TYPES.get(kind, kind))
+    if part_file_size is not None and (isinstance(part_file_size, bool) or not isinstance(part_file_size, int) or part_file_size < 1):
+        raise UsageError(f"part_file_size: {part_file_size!r}, wanted a whole number of GiB, or None for one file")
+    folder = Path(output_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    for kind in kinds:
+        if kind == "numpy":
+            _save_numpy(calibrator, folder)
+            continue
+        shard = WHOLE if part_file_size is None else part_file_size << 30
+        results.append(_save_format(calibrator, folder, SAVE_TYPES.get(kind, kind), safetensors_name, json_name, shard))
+    return results
+
+
+def _save_format(calibrator: Calibrator, folder: Path, to: str, safetensors_name: str | None, json_name: str | None, shard: int) -> Result:
+    spec, variant, named = find_format(to)
+    settings = Settings(max_shard_size=shard, scale_dtype="keep" if spec.name == "msmodelslim" else None)
+    norms_for = variant.name if spec.name == "msmodelslim" and variant.name in {"safe_tensor", "ascendv1"} else ""
+    plan = Planner(checkpoint_of(calibrator, norms_for), _renamed(spec, safetensors_name, json_name), variant, named, settings).plan(
+        probe=True
+    )
+    plan.raise_if_refused()
+    with tempfile.TemporaryDirectory(prefix=".weighbridge-", dir=folder) as workshop:
+        made = Path(workshop) / "folder"
+        result = run(plan, made)
+        for path in sorted(made.iterdir()):
+            if spec.name != "msmodelslim" or path.name not in {"config.json", "README.md"}:  # the caller copies those, as in msModelSlim
+                shutil.move(os.fspath(path), folder / path.name)
+    return replace(result, destination=folder)
+
+
+def _renamed(spec: FormatSpec, safetensors_name: str | None, json_name: str | None) -> FormatSpec:
+    """``spec`` with the names that the caller chose for the weight file and the description."""
+    if safetensors_name is not None:
+        stem = safetensors_name.removesuffix(".safetensors")
+        spec = replace(spec, stem=lambda model, variant: stem)
+    if json_name is not None and spec.name == "msmodelslim":
+        spec = replace(spec, quantization_config=partial(_described_as, spec, json_name))
+    return spec
+
+
+def _described_as(spec: FormatSpec, name: str, model: Any, variant: str) -> tuple[Mapping[str, Any], dict[str, Any] | None]:
+    assert spec.quantization_config is not None
+    documents, config = spec.quantization_config(model, variant)
+    return {name: next(iter(documents.values()))}, config
+
+
+NUMPY_FILES = ("weight_scale", "weight_offset", "input_scale", "input_offset", "deq_scale", "quant_bias")
+
+
+def _save_numpy(calibrator: Calibrator, folder: Path) -> None:
+    """msModelSlim's .npy files: a pickled dictionary of tensors each. Weights and biases have one name there, as in the tool."""
+    tensors, types = tensors_of(calibrator)
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, array in tensors.items():
+        module, _, part = name.rpartition(".")
+        half = array.dtype == DTYPES["BF16"]
+        value = torch.from_numpy((array.view(np.int16) if half else array).copy())
+        value = value.view(torch.bfloat16) if half else value
+        if types[name] == "C8":
+            files.setdefault(part, {})[name] = value
+        elif part in NUMPY_FILES:
+            files.setdefault(part, {})[module] = value
+        else:
+            files.setdefault("quant_weight", {})[module] = value
+    for name, found in files.items():
+        np.save(folder / f"{name}.npy", np.array(found, dtype=object), allow_pickle=True)
