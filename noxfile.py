@@ -186,3 +186,19 @@ def torch(session: nox.Session) -> None:
         session.install("--editable", ".[test]")
         stamp.write_text(digest, "ascii")
     session.run("python", "-m", "pytest", "-m", "oracle", str(ORACLES / "test_torch_bin.py"), *session.posargs)
+
+
+@nox.session(venv_backend="venv")
+def quantize(session: nox.Session) -> None:
+    """``quantize`` beside the real msModelSlim 26.1.0, which runs in its own environment: equal bit for bit. After ``msmodelslim``."""
+    home = Path(session.virtualenv.location)
+    stamp, project = home / "weighbridge-requirements.sha256", Path(__file__).parent / "pyproject.toml"
+    pins = (TORCH, "transformers==4.57.1")  # those of msModelSlim's environment
+    digest = hashlib.sha256(" ".join(pins).encode() + project.read_bytes() + str(project).encode()).hexdigest()
+    if not (stamp.exists() and stamp.read_text("ascii") == digest):
+        session.install(TORCH)
+        session.install(*pins, "--editable", ".[test,quantize]")
+        stamp.write_text(digest, "ascii")
+    tool = cache_folder() / "oracles" / "msmodelslim" / "bin" / "python"
+    tests = str(Path(__file__).parent / "tests" / "quantization")
+    session.run("python", "-m", "pytest", "-m", "", tests, *session.posargs, env={"WEIGHBRIDGE_ORACLE_MSMODELSLIM": str(tool)})

@@ -209,8 +209,9 @@ class Fitter:
         kind, args = header.inputs, header.scheme.inputs
         if kind is None or args is None:
             return None
-        grouped = args.strategy == "group" and self.spec.name == self.checkpoint.format  # FP8 by blocks: only its own format says that
-        fits = args.bits == 8 and args.element in self.holds.elements and (grouped or args.strategy in {"tensor", "token"})
+        own = self.spec.name == self.checkpoint.format  # which says whatever it said: asymmetric at run time, FP8 by blocks
+        usual = args.strategy == "token" and args.symmetric if kind == "dynamic" else args.strategy in {"tensor", "token"}
+        fits = args.bits == 8 and args.element in self.holds.elements and (own or usual)
         if fits and kind in self.holds.inputs:
             return args
         if fits and kind == "both" and "static" in self.holds.inputs:
@@ -259,8 +260,9 @@ class Fitter:
         carrier = self._carrier(args.bits)
         if carrier > args.bits:
             moves.append("widen-codes")
-        strategy: Strategy = "channel" if group_size == -1 else "group"
-        size = None if group_size == -1 else group_size
+        one = header.inputs is not None and wanted == in_ and "channel" in self.holds.strategies and not self.holds.mixed_groups
+        strategy: Strategy = "channel" if group_size == -1 or one else "group"
+        size = None if strategy == "channel" else group_size
         order = args.actorder if args.actorder in self.holds.act_order else None
         target = replace(args, bits=carrier, strategy=strategy, group_size=size, actorder=order)
         return tuple(moves), target, own // wanted

@@ -114,7 +114,7 @@ class Planner:
         self.ledger = Ledger(f"{spec.name}:{variant.name}")
         self.fitter = Fitter(checkpoint, spec, variant, settings, self.ledger, self.half, bits)
         alike = spec.name == checkpoint.format  # a cache's scales have a spelling in their own format only
-        self.attention = tuple(name for name in checkpoint.attention if alike and ".fa_" not in name)
+        self.attention = tuple(checkpoint.attention if alike else ())
 
     def plan(self, probe: bool) -> Plan:
         self._refuse_unreadable_parts()

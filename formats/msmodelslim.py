@@ -50,7 +50,9 @@ Quirks that this reader handles:
 7. Two things say what a static W8A8 layer computes: weight_scale, and deq_scale, which the NPU uses (``formats.derived``). The
    law here is weight_scale where there is one, else ``deq_scale / input_scale`` in float32. ``quant_bias`` holds the bias,
    rounded, and ``bias`` is stored as well: the latter is the law's.
-8. ``q_proj``, ``k_proj`` and ``v_proj`` have one input scale, and so have ``gate_proj`` and ``up_proj``.
+8. Inputs of W8A8_DYNAMIC are symmetric per token on the NPU (its operator has no offset); the tool's own simulation rounds them
+   asymmetrically.
+9. ``q_proj``, ``k_proj`` and ``v_proj`` have one input scale, and so have ``gate_proj`` and ``up_proj``.
 """
 
 from __future__ import annotations
@@ -176,7 +178,7 @@ class MsModelSlim(Checkpoint):
                 raise UnreadableError(f"{location.folder.name}: no quant_model_description*.json beside the weights")
             description = location.read_json(path)
             packed, types, name = "version" in description, _types(description), path.name
-            said = {key: description[key] for key in ("model_quant_type", *target.KV_KEYS) if isinstance(description.get(key), str)}
+            said = {key: description[key] for key in ("model_quant_type", *target.ATTENTION_KEYS) if isinstance(description.get(key), str)}
             del description  # before the headers are read: either is large for a model of many experts
             tensors = location.tensors("quant_model_weight")
         super().__init__(location, "msmodelslim", variant, tensors)
@@ -185,6 +187,7 @@ class MsModelSlim(Checkpoint):
         self._model_type = self.model_type
         self._check_description(name)
         self._sort_tensors(name)
+        self.said["labels"] = {tensor: self._types[tensor] for tensor in self.attention if tensor in self._types}
 
     def _check_description(self, name: str) -> None:
         for tensor, type_ in self._types.items():

@@ -28,8 +28,8 @@ PACKED_ROWS = PackLayout(bits=4, word="i1", axis="out", low=-8)
 PACKED_COLUMNS = PackLayout(bits=4, word="i1", axis="in", low=-8)
 """ascendv1 with one scale a row: two inputs a byte."""
 
-KV_KEYS = ("kv_cache_type", "kv_quant_type")
-"""What a description says of a quantized KV cache."""
+ATTENTION_KEYS = ("kv_cache_type", "kv_quant_type", "fa_quant_type")
+"""What a description says of a quantized KV cache and of quantized attention."""
 _PACKED = frozenset({"ascendv1", "vllm-ascend"})
 """Variants that pack 4-bit codes."""
 _SPLIT_INPUTS = ("down", "o_proj")
@@ -128,15 +128,15 @@ def quantization_config(model: ModelFacts, variant: str) -> tuple[Mapping[str, A
         if group_size is not None:
             description["group_size"] = group_size
     if model.attention:
-        description |= {key: model.said[key] for key in KV_KEYS if key in model.said}
-    labels = model.said.get("labels", {})  # of plain tensors that are not FLOAT: AntiOutlier's copies of norms
+        description |= {key: model.said[key] for key in ATTENTION_KEYS if key in model.said}
+    labels = model.said.get("labels", {})  # of attention's tensors, and of AntiOutlier's copies of norms
     for entry, name in model.entries:
         if entry == "plain":
             description[name] = labels.get(name, "FLOAT")
             continue
         for spec in outputs(layers[name], variant):
             description[spec.name] = "FLOAT" if spec.part == "bias" else type_of(layers[name], variant)
-    description |= {name: str(model.said.get("kv_cache_type", "C8")) for name in model.attention}
+    description |= {name: labels.get(name, "C8") for name in model.attention}
     suffix = f"_{kind.lower()}" if variant == "safe_tensor" else ""
     config = None
     if variant == "mindie":

@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import os
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ from .fake import DigitSplitter, FakeQuantLinear, InputQuantizer
 from .kv_cache import CacheObserver
 from .layers import STATIC_TYPES, QuantizedLayer, check_linear, quantize_linear, with_inputs
 from .observers import CALM_RANGE, CalmRange, observer_for
+
+if TYPE_CHECKING:
+    from convert.engine import Result
 
 __all__ = ["Calibrator"]
 
@@ -141,6 +145,30 @@ class Calibrator:
             if largest is not None:
                 self._restore_wildest(largest())
             progress("samples", index + 1, len(self.calib_data))
+
+    def save(
+        self,
+        output_path: str | os.PathLike[str],
+        safetensors_name: str | None = None,
+        json_name: str | None = None,
+        save_type: str | list[str] | None = None,
+        part_file_size: int | None = None,
+    ) -> list[Result]:
+        """Write what ``run()`` found into folder ``output_path``.
+
+        safetensors_name, json_name   of the weight file and of the description; None: msModelSlim's own
+        save_type         "numpy" (the default, as in msModelSlim), "safe_tensor", "ascendV1", any format that ``convert`` writes
+                          ("awq", "gptq:v2", "compressed-tensors", ...), or a list of them
+        part_file_size    GiB of a weight file; None: one file
+
+        :returns: a conversion's result, with its proof, for each save type but "numpy"
+        :raises UsageError: nothing was calibrated; RefusedError: the format cannot hold it
+        """
+        if not self.layers:
+            raise UsageError("save: there is nothing to save before run()")
+        from .saving import save
+
+        return save(self, output_path, safetensors_name, json_name, save_type, part_file_size)
 
     def _named_float(self) -> set[str]:
         """``disable_names``, and the last linear if the config says so."""

@@ -118,8 +118,8 @@ class Recipe(_Section):
             config.model_quant_type not in _DATA_FREE
             or config.w_method == "GPTQ"
             or self.anti_outlier is not None
-            or self.kv_quant is not None
-            or self.fa_quant is not None
+            or config.use_kvcache_quant
+            or config.use_fa_quant
             or self.disable_level != "L0"
             or "w8a8" in self.mix_cfg.values()
         )
@@ -244,7 +244,9 @@ def _sentence(error: Any) -> str:
         return "there is no such key" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing":
         return "is missing"
-    return f"{str(error['msg'])[:1].lower()}{str(error['msg'])[1:]}, not {error['input']!r:.80}"
+    if error["type"] == "string_pattern_mismatch":
+        return f"wanted L0, L1, L2 and so on, not {error['input']!r:.80}"
+    return f"{str(error['msg']).removeprefix('Input should be ').replace('valid ', '')} was wanted, not {error['input']!r:.80}"
 
 
 @cache

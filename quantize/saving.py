@@ -69,8 +69,9 @@ def tensors_of(calibrator: Calibrator) -> tuple[dict[str, Array], dict[str, str]
                     types[f"{module}.{part}"] = "FLOAT" if part == "bias" else _type(calibrator, module)
         else:
             tensors[name], types[name] = to_numpy(tensor), "FLOAT"
-    for name, tensor in calibrator.kv_cache.items():
-        tensors[name], types[name] = to_numpy(tensor), "C8"
+    for found, type_ in ((calibrator.kv_cache, "C8"), (calibrator.attention, "FAQuant")):
+        for name, tensor in found.items():
+            tensors[name], types[name] = to_numpy(tensor), type_
     return tensors, types
 
 
@@ -138,6 +139,8 @@ def checkpoint_of(calibrator: Calibrator, norms_for: str = "") -> Checkpoint:
     description: dict[str, Any] = {"model_quant_type": calibrator.cfg.model_quant_type, **types}
     if calibrator.kv_cache:
         description |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
+    if calibrator.attention:
+        description["fa_quant_type"] = "FAQuant"
     documents: dict[str, Any] = {_DESCRIPTION: description}
     config = getattr(calibrator.model, "config", None)
     if hasattr(config, "to_dict"):
@@ -150,7 +153,7 @@ def checkpoint_of(calibrator: Calibrator, norms_for: str = "") -> Checkpoint:
     if not norms_for:
         return MsModelSlim(location, "safe_tensor")
     found = WithNorms(location, "safe_tensor")
-    found.said["labels"] = {name: type_ for name, type_ in extra[1].items() if type_ != "FLOAT"}
+    found.said["labels"] |= {name: type_ for name, type_ in extra[1].items() if type_ != "FLOAT"}
     return found
 
 
@@ -235,8 +238,9 @@ def _save_numpy(calibrator: Calibrator, folder: Path) -> None:
         half = array.dtype == DTYPES["BF16"]
         value = torch.from_numpy((array.view(np.int16) if half else array).copy())
         value = value.view(torch.bfloat16) if half else value
-        if types[name] == "C8":
-            files.setdefault(part, {})[name] = value
+        if types[name] in {"C8", "FAQuant"}:
+            kind = part if types[name] == "C8" else f"fa_quant_{part}"
+            files.setdefault(kind, {})[name] = value
         elif part in NUMPY_FILES:
             files.setdefault(part, {})[module] = value
         else:
