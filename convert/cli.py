@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from formats import FORMATS
-from formats.errors import NotSameError, RefusedError
+from formats.errors import NotSameError, RefusedError, UsageError
 
 from .terminal import Failing, echo, gigabytes, parse_size, print_json, print_table, progress_bar
 
@@ -506,6 +506,60 @@ def _print_serving(report: Any) -> None:
 
 def _below(limit: float | None) -> str:
     return "" if limit is None else f"less than {limit:g}"
+
+
+@app.command(cls=Failing)
+def quantize(
+    model: str = typer.Argument(..., help="The float model's folder, as transformers loads it."),
+    out: str = typer.Argument(..., help="The folder to write; it must not exist yet."),
+    recipe: str = typer.Option(
+        ..., "--recipe", metavar="NAME|FILE.yaml", help="w8a8, w8a8-dynamic, w8a8-kv8, w8a8-sparse, w8a16, w4a16-rtn, or a file."
+    ),
+    to: str = TO,
+    device: str = typer.Option("cpu", "--device", metavar="npu:0|cuda|cpu", help="Where the model is calibrated."),
+    calib: str | None = typer.Option(None, "--calib", metavar="FILE.jsonl", help="Calibration data: .jsonl, .json or plain text."),
+    samples: int | None = typer.Option(None, "--samples", min=1, help="At most so many samples of it. Default: the recipe's."),
+    plot: str | None = typer.Option(None, "--plot", metavar="FILE", help="Draw range_parm and weight error by layer: .png or .svg."),
+    max_shard_size: str = SHARD,
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder once the new one is whole."),
+    json: bool = JSON,
+) -> None:
+    """Quantize a float model by a recipe, and write it in any format."""
+    try:
+        from quantize.progress import blocks, shown
+        from quantize.run import quantize_model as function
+    except ImportError as error:
+        missing = (error.name or str(error)).partition(".")[0]
+        raise UsageError(f"quantize: {missing} is not installed; pip install 'weighbridge[quantize]'") from error
+
+    with shown(quiet=json) as progress:
+        result = function(
+            model,
+            out,
+            recipe,
+            to,
+            device,
+            calib,
+            samples,
+            overwrite=overwrite,
+            plot=plot,
+            max_shard_size=parse_size(max_shard_size),
+            progress=progress,
+        )
+    if json:
+        print_json(result.to_json())
+        return
+    rows = []
+    for block in blocks(result.layers):
+        worst, widest = block.worst, block.widest
+        found = ["", ""] if widest is None else [f"{widest.range_parm:.2f}", widest.leaf]
+        rows.append([block.name, str(block.layers), f"{block.mean_error:.4f}", f"{worst.weight_error:.4f}", worst.leaf, *found])
+    columns = ["decoder layer", "linears", "weight error", "worst", "of", "range_parm", "of"]
+    print_table(f"{result.recipe.name}: relative error of the weights, spread of the inputs", columns, rows, right=(1, 2, 3, 5))
+    echo_result(result.written)
+    for note in result.notes:
+        echo(f"  note: {note}")
+    echo("  " + ", ".join(f"{step} {seconds:.1f} s" for step, seconds in result.seconds.items()))
 
 
 def main() -> None:

@@ -81,8 +81,8 @@ def calibration_data(
     if not found:
         raise UsageError(f"{where}: holds no calibration sample; one text a line is wanted, or a list of texts")
     if repeated:
-        (place, first), count = repeated[0], len(repeated)
-        logger.warning("%s: %d of %d samples repeat an earlier one (%s is %s again)", where, count, len(found), place.strip(), first.strip())
+        place, first = (one.strip(" ,") for one in repeated[0])
+        logger.warning("%s: %d of %d samples repeat an earlier one (%s is %s again)", where, len(repeated), len(found), place, first)
     return found
 
 

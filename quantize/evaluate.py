@@ -158,7 +158,7 @@ def _find(dataset: str, data: str | os.PathLike[str] | None) -> Path:
 def _choices(tokenizer: Any) -> tuple[list[int], tuple[int, int]]:
     """(ids that both answers begin with, the first id of each in which they differ)."""
     start, yes, no = ([*tokenizer(f"Answer:{end}", add_special_tokens=False)["input_ids"]] for end in ("", *(f" {one}" for one in ANSWERS)))
-    common = len(os.path.commonprefix([yes, no]))
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(yes, no, strict=False)))
     if common in (len(yes), len(no)):
         raise UsageError(f"tokenizer: one of {' and '.join(ANSWERS)} begins the other, so that no token tells them apart")
     return yes[len(start) : common] if yes[: len(start)] == start else [], (yes[common], no[common])

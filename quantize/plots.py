@@ -41,7 +41,7 @@ def draw(layers: Sequence[LayerFigures], title: str = "") -> Figure:
     ranges.set_ylabel("range_parm of the input")
     errors.set_ylabel("relative error of the weight")
     errors.set_xlabel("decoder layer")
-    errors.legend(leaves, fontsize="small", ncols=4)
+    figure.legend(errors.get_lines(), leaves, fontsize="small", loc="outside right upper")
     for axes in (ranges, errors):
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

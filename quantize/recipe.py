@@ -182,7 +182,8 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise UsageError(f"{name}, line {event.start_mark.line + 1}: *{event.anchor} is an alias, which recipes do without")
+                mark: Any = event.start_mark
+                raise UsageError(f"{name}, line {mark.line + 1}: *{event.anchor} is an alias, which recipes do without")
         loader = yaml.SafeLoader(text)
         try:
             node = loader.get_single_node()

@@ -12,11 +12,13 @@ import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 import xxhash
+from torch import nn
 
 from convert.engine import Result
 from convert.engine import run as write
@@ -24,7 +26,7 @@ from convert.options import Settings
 from convert.planning import Planner
 from convert.records import Plan
 from formats import find_format
-from formats.checkpoint import Location
+from formats.checkpoint import Checkpoint, Location
 from formats.errors import DestinationError, RefusedError, UnreadableError, UsageError
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
 from formats.spec import FormatSpec, Variant
@@ -32,7 +34,9 @@ from formats.spec import FormatSpec, Variant
 from .anti_outlier import AntiOutlier
 from .calibration import Sample, calibration_data, repeats
 from .calibrator import Calibrator
+from .config import QuantConfig
 from .devices import resolve
+from .layers import STATIC_TYPES, check_linear, quantize_linear, with_inputs
 from .progress import LayerFigures, Report
 from .recipe import Recipe, load
 from .saving import checkpoint_of, tensors_of
@@ -115,9 +119,7 @@ def quantize_model(
     spec, variant, named = _target(to)
     _check_out(Path(out), overwrite)
     if plot is not None:
-        from .plots import check_path
-
-        check_path(plot)
+        _check_plot(plot)
     if calib is None and recipe.needs_data:
         raise UsageError(f"recipe {recipe.name}: needs calibration data; pass --calib FILE.jsonl, a text a line")
     resolve(device)
@@ -125,6 +127,9 @@ def quantize_model(
 
     clock = _Clock()
     model = load_model(base.folder)
+    settings = Settings(max_shard_size=max_shard_size, scale_dtype=_scales(spec))
+    trial = _trial(model, recipe.quant_config(device))
+    Planner(trial, spec, variant, named, settings, base).plan(probe=False).raise_if_refused()
     clock.done("load")
     data = _data(calib, base, recipe, samples)
     smoothed = _smooth(model, data, recipe, device, progress)
@@ -132,7 +137,7 @@ def quantize_model(
     calibrator = Calibrator(model, recipe.quant_config(device), data, recipe.disable_level, mix_cfg=dict(recipe.mix_cfg))
     _calibrate(calibrator, progress)
     clock.done("calibrate")
-    plan = _plan(calibrator, recipe, spec, variant, named, Settings(max_shard_size=max_shard_size, scale_dtype=_scales(spec)), base)
+    plan = _plan(calibrator, recipe, spec, variant, named, settings, base)
     plan.raise_if_refused()
     written = write(plan, out, overwrite=overwrite, progress=_bytes(progress, plan))
     clock.done("write")
@@ -157,8 +162,9 @@ def load_model(folder: Path) -> Any:
     """The float model in its own dtype. Raises UnreadableError where transformers cannot load it."""
     version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
     name = "dtype" if version >= (4, 56) else "torch_dtype"
+    library: Any = transformers
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **{name: "auto"})
+        model = library.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **{name: "auto"})
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UnreadableError(f"{folder}: transformers {transformers.__version__} cannot load it ({first.strip():.300})") from error
@@ -167,12 +173,13 @@ def load_model(folder: Path) -> Any:
 
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer; of one whose class this transformers does not know, what tokenizer.json says."""
+    library: Any = transformers
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if not (folder / "tokenizer.json").is_file():
             raise UnreadableError(f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]:.300})") from error
-        return transformers.PreTrainedTokenizerFast(tokenizer_file=os.fspath(folder / "tokenizer.json"))
+        return library.PreTrainedTokenizerFast(tokenizer_file=os.fspath(folder / "tokenizer.json"))
 
 
 def _target(to: str) -> tuple[FormatSpec, Variant, bool]:
@@ -197,6 +204,14 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise DestinationError(f"{out}: exists already; choose another destination, or pass --overwrite to replace it")
 
 
+def _check_plot(plot: str | os.PathLike[str]) -> None:
+    try:
+        from .plots import check_path
+    except ImportError as error:
+        raise UsageError(f"--plot {plot}: {error.name} is not installed; pip install 'weighbridge[quantize]'") from error
+    check_path(plot)
+
+
 def _base(model_dir: str | os.PathLike[str]) -> Location:
     """The float model's folder, which must be one."""
     base = Location.of(model_dir)
@@ -208,6 +223,34 @@ def _base(model_dir: str | os.PathLike[str]) -> Location:
     if config.get("quantization_config") or config.get("quantize"):
         raise RefusedError(f"{model_dir}: is quantized already; quantize the float model, or use `weighbridge convert`")
     return base
+
+
+def _trial(model: Any, config: QuantConfig) -> Checkpoint:
+    """What calibration would make of one linear of each shape, in memory: enough to ask the target before hours of work."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = [name for name in linears if name not in (config.disable_names or ())]
+    chosen = {tuple(linears[name].weight.shape): name for name in reversed(names[: -1 if config.disable_last_linear else None])}
+    layers, state = {}, {}
+    for name in chosen.values():
+        linear = linears[name]
+        check_linear(name, linear, config)
+        layer, _ = quantize_linear(name, linear, config)
+        one = layer.weight_scale.new_ones(1)
+        layers[name] = with_inputs(layer, one, one - 1) if layer.kind in STATIC_TYPES else layer
+        state[f"{name}.weight"] = linear.weight
+    cache = {}
+    if config.use_kvcache_quant:
+        name = next(iter(layers))
+        cache = {f"{name}.kv_cache_{part}": torch.zeros(1, dtype=model.dtype) for part in ("scale", "offset")}
+    made: Any = SimpleNamespace(
+        model=SimpleNamespace(state_dict=lambda: state, config=model.config),
+        layers=layers,
+        cfg=config,
+        kv_cache=cache,
+        attention={},
+        torch_dtype=model.dtype,
+    )
+    return checkpoint_of(made)
 
 
 def _data(calib: Any, base: Location, recipe: Recipe, samples: int | None) -> list[Sample]:
@@ -257,7 +300,8 @@ def _calibrate(calibrator: Calibrator, progress: Report | None) -> None:
 def _plan(
     calibrator: Calibrator, recipe: Recipe, spec: FormatSpec, variant: Variant, named: bool, settings: Settings, base: Location
 ) -> Plan:
-    checkpoint = checkpoint_of(calibrator)
+    norms_for = variant.name if spec.name == "msmodelslim" and variant.name in {"safe_tensor", "ascendv1"} else ""
+    checkpoint = checkpoint_of(calibrator, norms_for)
     checkpoint.location = replace(checkpoint.location, folder=base.folder)  # the source that must not be written into
     plan = Planner(checkpoint, spec, variant, named, settings, base).plan(probe=True)
     # Says in the certificate what was done, and keeps a run that goes on with an interrupted one's work from mixing two calibrations.
@@ -275,7 +319,7 @@ def _digest(calibrator: Calibrator) -> str:
 
 
 def _bytes(progress: Report | None, plan: Plan) -> Any:
-    """The engine's progress, which counts the source's bytes, in tenths of a megabyte for ours."""
+    """The engine's progress, which says how many bytes more, for ours, which says how many so far."""
     if progress is None:
         return None
     done = 0

@@ -1,0 +1,59 @@
+"""Rounding of float32 rows to codes, in Numba: without the GIL, bit-exact with the NumPy of ``quantize.streamed``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from formats.ir import Array
+
+_jit = numba.njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
+
+
+def absmax(values: Array, group_size: int) -> Array:
+    """float32 [rows, groups] of C-contiguous float32 ``values`` [rows, in]."""
+    found: Array = np.empty((values.shape[0], values.shape[1] // group_size), np.float32)
+    _absmax(values, group_size, found)
+    return found
+
+
+def codes_of(values: Array, scales: Array, group_size: int, lost: int, top: int) -> Array:
+    """int8 [rows, in]: float32 quotients, cut to a mantissa of ``23 - lost`` bits, to the nearest integer, half to even both times."""
+    found: Array = np.empty(values.shape, np.int8)
+    _codes(values, scales, group_size, np.uint32(lost), np.float32(-top), np.float32(top), found)
+    return found
+
+
+@_jit
+def _absmax(values: Any, group_size: Any, found: Any) -> None:
+    for row in range(values.shape[0]):
+        for group in range(found.shape[1]):
+            part = values[row, group * group_size : (group + 1) * group_size]
+            largest = np.float32(0)
+            for i in range(group_size):
+                size = abs(part[i])
+                if size > largest or size != size:  # a NaN stays, to be found
+                    largest = size
+            found[row, group] = largest
+
+
+@_jit
+def _codes(values: Any, scales: Any, group_size: Any, lost: Any, low: Any, high: Any, found: Any) -> None:
+    quotients = np.empty(group_size, np.float32)
+    bits = quotients.view(np.uint32)
+    one = np.uint32(1)
+    for row in range(values.shape[0]):
+        for group in range(scales.shape[1]):
+            begin = group * group_size
+            scale = scales[row, group]
+            for i in range(group_size):
+                quotients[i] = values[row, begin + i] / scale
+            if lost:
+                half = (one << (lost - one)) - one
+                keep = ~((one << lost) - one)
+                for i in range(group_size):
+                    bits[i] = (bits[i] + ((bits[i] >> lost) & one) + half) & keep
+            for i in range(group_size):
+                found[row, begin + i] = np.int8(min(max(np.rint(quotients[i]), low), high))
