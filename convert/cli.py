@@ -530,7 +530,7 @@ def quantize(
         from quantize.run import quantize_model as function
     except ImportError as error:
         missing = (error.name or str(error)).partition(".")[0]
-        raise UsageError(f"quantize: {missing} is not installed; pip install 'weighbridge[quantize]'") from error
+        raise UsageError(f"{missing} is not installed; pip install 'weighbridge[quantize]'") from error
 
     with shown(quiet=json) as progress:
         result = function(

@@ -230,8 +230,10 @@ class Fitter:
         args, in_ = header.scheme.weights, header.shape[1]
         if self.dense:
             return ("dequantize",), args, 1
-        # One scale of a whole tensor is kept where inputs are quantized too; engines' kernels for weights alone want one per channel.
-        whole = args.strategy == "tensor" and header.inputs is not None
+        # One scale of a whole tensor is kept where inputs are quantized too, or the format was the source's; engines' kernels for
+        # weights alone want one per channel.
+        source_format = self.spec.name == self.checkpoint.format and not self.holds.mixed_groups
+        whole = args.strategy == "tensor" and (header.inputs is not None or source_format)
         kept = args.strategy in self.holds.strategies and (args.element != "int" or whole)
         if kept or args.element != "int":
             if not kept:

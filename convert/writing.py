@@ -98,8 +98,8 @@ class LayerWriter:
     def _write_one(self, spec: TensorSpec) -> None:
         """The scale or zero point of a whole tensor."""
         output, info = self._places[spec.name]
-        stored = self.source.scales if spec.part == "scales" else self.source.zero_points
-        assert stored is not None
+        stored: Any = self.source.scales if spec.part == "scales" else self.source.zero_points
+        stored = np.zeros(1, np.int16) if stored is None else stored
         value = np.asarray(stored if isinstance(stored, np.ndarray) else stored.read()).reshape(1, 1)
         output.write(info, cast(value, DTYPES[spec.dtype]) if spec.part == "scales" else value.astype(DTYPES[spec.dtype]), 0, 0)
 
@@ -301,7 +301,7 @@ def vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec) -> Array:
     elif spec.part == "outer_zeros":
         found = np.zeros(spec.shape)
     elif spec.part == "deq_scale":
-        found = derived.encode_deq_scale(derived.deq_scale(_as_stored(layer, plan)), spec.dtype)
+        found = derived.encode_deq_scale(derived.deq_scale(_as_stored(layer, plan))[: spec.shape[0]], spec.dtype)
     elif spec.part == "quant_bias":
         found = derived.quant_bias(_as_stored(layer, plan))
     elif spec.part == "scale_bias":

@@ -382,7 +382,7 @@ class MsModelSlim(Checkpoint):
 def _strategy(name: str, shape: tuple[int, int], scale: tuple[int, ...]) -> tuple[Strategy, int | None]:
     """(strategy, group size) that the shapes say."""
     out, in_ = shape
-    if scale == (1,):
+    if scale in {(1,), ()}:
         return "tensor", None
     if scale == (out, 1):
         return "channel", None

@@ -62,7 +62,8 @@ def outputs(layer: LayerTarget, variant: str) -> tuple[TensorSpec, ...]:
     specs = [TensorSpec(f"{name}.weight", "I8", layout.stored_shape(layer.shape), "codes", layout)]
     if layer.bias_dtype is not None:
         specs.append(TensorSpec(f"{name}.bias", layer.bias_dtype, (out,), "bias"))
-    shape = (out, layer.groups)
+    whole = weights.strategy == "tensor"
+    shape = (1,) if whole else (out, layer.groups)
     if layer.outer_dtype is not None:
         specs.append(TensorSpec(f"{name}.weight_scale", layer.outer_dtype, (out, 1), "outer"))
         specs.append(TensorSpec(f"{name}.weight_offset", layer.outer_dtype, (out, 1), "outer_zeros"))
@@ -75,7 +76,7 @@ def outputs(layer: LayerTarget, variant: str) -> tuple[TensorSpec, ...]:
         specs.append(TensorSpec(f"{name}.input_scale", layer.input_dtype, (1,), "input_scale"))
         specs.append(TensorSpec(f"{name}.input_offset", layer.input_dtype, (1,), "input_zero_point"))
         dtypes = dict(layer.derived)
-        specs.append(TensorSpec(f"{name}.deq_scale", dtypes["deq_scale"], (out,), "deq_scale"))
+        specs.append(TensorSpec(f"{name}.deq_scale", dtypes["deq_scale"], (1,) if whole else (out,), "deq_scale"))
         specs.append(TensorSpec(f"{name}.quant_bias", dtypes["quant_bias"], (out,), "quant_bias"))
     if variant in _PACKED and weights.bits == 4 and layer.inputs == "dynamic":
         parts = SPLIT if any(part in name.rpartition(".")[2] for part in _SPLIT_INPUTS) and layer.shape[1] % SPLIT == 0 else 1
@@ -157,7 +158,7 @@ def stem(model: ModelFacts, variant: str) -> str:
 
 _HOLDS = Capabilities(
     bits=(4, 8),
-    strategies=("channel", "group"),
+    strategies=("tensor", "channel", "group"),
     group_sizes=(256, 128, 64, 32),
     scale_dtypes=("keep", "F16", "BF16", "F32"),
     inputs=("static", "dynamic"),
@@ -188,7 +189,12 @@ VARIANTS = (
         ),
         "vllm-ascend",
     ),
-    Variant("mindie", "safe_tensor, with MindIE's names and keys", replace(_HOLDS, group_sizes=(256, 128, 64)), "MindIE"),
+    Variant(
+        "mindie",
+        "safe_tensor, with MindIE's names and keys",
+        replace(_HOLDS, group_sizes=(256, 128, 64), strategies=("channel", "group")),
+        "MindIE",
+    ),
     Variant("v1", "command line (modelslim_v1)", None),
     Variant("numpy", "Python API, save_type numpy: dictionaries in .npy files", None),
 )

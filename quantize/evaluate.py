@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from formats.errors import UnreadableError, UsageError
 
 from .calibration import prompt, read_objects
+from .config import QuantConfig
 from .devices import resolve
 
 __all__ = ["Accuracy", "PrecisionTest"]
@@ -69,7 +70,7 @@ class PrecisionTest:
         tokenizer: Any,
         dataset: str = "boolq",
         batch_size: int = 1,
-        device: str = "cpu",
+        device: str = QuantConfig.dev_type,
         *,
         data: str | os.PathLike[str] | None = None,
         samples: int | None = None,

@@ -97,7 +97,7 @@ class Recipe(_Section):
     mix_cfg: dict[str, Literal["w8a8", "w8a16", "w8a8_dynamic", "float", "w4a8_dynamic"]] = Field(default_factory=dict)
     calibration: Calibration = Field(default_factory=Calibration)
 
-    def quant_config(self, dev_type: str = "cpu", dev_id: int | None = None) -> QuantConfig:
+    def quant_config(self, dev_type: str = QuantConfig.dev_type, dev_id: int | None = None) -> QuantConfig:
         """The ``QuantConfig`` for a device. Raises UsageError where its arguments contradict each other."""
         quant: BaseModel = self.quant
         config = QuantConfig(**quant.model_dump(), dev_type=dev_type, dev_id=dev_id)
@@ -105,7 +105,7 @@ class Recipe(_Section):
             config = config.kv_quant(kv_sym=self.kv_quant.kv_sym)
         return config if self.fa_quant is None else config.fa_quant(fa_amp=self.fa_quant.fa_amp)
 
-    def anti_outlier_config(self, dev_type: str = "cpu", dev_id: int | None = None) -> AntiOutlierConfig | None:
+    def anti_outlier_config(self, dev_type: str = QuantConfig.dev_type, dev_id: int | None = None) -> AntiOutlierConfig | None:
         """The ``AntiOutlierConfig`` for a device, or None. Raises UsageError where its arguments contradict each other."""
         section: BaseModel | None = self.anti_outlier
         return None if section is None else AntiOutlierConfig(**section.model_dump(), dev_type=dev_type, dev_id=dev_id)
@@ -247,7 +247,7 @@ def _sentence(error: Any) -> str:
         return "is missing"
     if error["type"] == "string_pattern_mismatch":
         return f"wanted L0, L1, L2 and so on, not {error['input']!r:.80}"
-    return f"{str(error['msg']).removeprefix('Input should be ').replace('valid ', '')} was wanted, not {error['input']!r:.80}"
+    return f"{str(error['msg']).removeprefix('Input should be ').replace('a valid integer', 'a whole number').replace('valid ', '')} was wanted, not {error['input']!r:.80}"
 
 
 @cache

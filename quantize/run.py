@@ -92,7 +92,7 @@ def quantize_model(
     out: str | os.PathLike[str],
     recipe: str | os.PathLike[str] | Recipe,
     to: str,
-    device: str = "cpu",
+    device: str = QuantConfig.dev_type,
     calib: str | os.PathLike[str] | list[Any] | None = None,
     samples: int | None = None,
     *,

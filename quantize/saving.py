@@ -143,7 +143,7 @@ def checkpoint_of(calibrator: Calibrator, norms_for: str = "") -> Checkpoint:
         description["fa_quant_type"] = "FAQuant"
     documents: dict[str, Any] = {_DESCRIPTION: description}
     config = getattr(calibrator.model, "config", None)
-    if hasattr(config, "to_dict"):
+    if config is not None and hasattr(config, "to_dict"):
         documents["config.json"] = _plain(config.to_dict())
 
     def opener(path: Path, number: int = 0) -> ArraysFile:

@@ -699,6 +699,8 @@ class Task:
 
     def keeps_tensor(self, layer: Layer) -> bool:
         """Whether one scale of the whole tensor stays one."""
+        if self.variant in {"msmodelslim:safe_tensor", "msmodelslim:ascendv1"}:
+            return layer.per_tensor and (self.model.format == "msmodelslim" or bool(self.inputs(layer)))
         return layer.per_tensor and bool(layer.inputs) and self.variant == "compressed-tensors"
 
     def group_of(self, layer: Layer) -> int | None:
@@ -863,6 +865,10 @@ def decode(variant: str, tensors: Tensors, name: str, bits: int, groups: int) ->
             codes = codes_of_nibbles(codes, 1 if groups == 1 else 0)
         insist((zeros == np.rint(zeros)).all(), name, "has fractions of zero points")
         zeros = zeros.astype(np.int16)
+        if scales.shape == (1,):
+            insist(zeros.shape == (1,), name, "has one scale and zero points", zeros.shape)
+            grid = (len(codes), 1)
+            return Decoded(codes, np.broadcast_to(zeros, grid), np.broadcast_to(scales, grid), np.zeros(codes.shape[1], np.int64), True)
     elif variant.startswith("gptq"):
         codes = signed(unpack(take("qweight").T, bits), bits)
         stored = unpack(take("qzeros"), bits).T.astype(np.int16)
@@ -991,6 +997,7 @@ def check_inputs(task: Task, layer: Layer, tensors: Tensors) -> bool:
             deq_scale = products(scale, cast(layer.scales, task.scales_in(layer)))
             steps = steps_of(layer, deq_scale)
         wide = deq_scale.view(np.int32).astype(np.int64) if task.deq_scale_in(layer) == "I64" else deq_scale
+        wide = wide[:1] if task.keeps_tensor(layer) else wide
         insist(same(tensors.pop(f"{name}.deq_scale"), wide), name, "has another deq_scale, or not in", wide.dtype)
         insist(same(tensors.pop(f"{name}.quant_bias"), steps), name, "has another quant_bias")
     return bool(scale.astype(np.float32) == layer.input_scale.astype(np.float32))
