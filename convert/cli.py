@@ -524,8 +524,21 @@ def quantize(
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder once the new one is whole."),
     json: bool = JSON,
 ) -> None:
-    """Quantize a float model by a recipe, and write it in any format."""
+    """Quantize a float model by a recipe, and write it in any format. What needs no data is streamed, without torch."""
     try:
+        from quantize.recipe import load
+        from quantize.streamed import round_folder, rounding_of
+
+        rounding = rounding_of(load(recipe)) if calib is None and plot is None and device == "cpu" else None
+        if rounding is not None:
+            with progress_bar("quantizing", None, quiet=json) as bytes_done:
+                how, floats, shard = *rounding, parse_size(max_shard_size)
+                written = round_folder(model, out, how, to, patterns=floats, max_shard_size=shard, overwrite=overwrite, progress=bytes_done)
+            if json:
+                print_json(written.to_json())
+            else:
+                echo_result(written)
+            return
         from quantize.progress import blocks, shown
         from quantize.run import quantize_model as function
     except ImportError as error:

@@ -25,6 +25,7 @@ class ArraysFile:
         for name, array in arrays.items():
             self.tensors.add(name, NAMES[array.dtype], array.shape, 0, array.nbytes)
             listing.update(f"{name} {array.dtype} {array.shape}\n".encode())
+            listing.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         self.identity = SourceFile(path.name, sum(array.nbytes for array in arrays.values()), 0, listing.hexdigest())
 
     def tensor(self, name: str, info: TensorInfo | None = None) -> Array:

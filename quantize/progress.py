@@ -37,7 +37,7 @@ class LayerFigures:
     def block(self) -> str:
         """The name up to the first number: the decoder layer it is in."""
         parts = self.name.split(".")
-        cut = next((index + 1 for index, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+        cut = next((index + 1 for index, part in enumerate(parts) if part.isdecimal()), len(parts))
         return ".".join(parts[:cut])
 
     def to_json(self) -> dict[str, Any]:

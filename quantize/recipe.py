@@ -247,7 +247,8 @@ def _sentence(error: Any) -> str:
         return "is missing"
     if error["type"] == "string_pattern_mismatch":
         return f"wanted L0, L1, L2 and so on, not {error['input']!r:.80}"
-    return f"{str(error['msg']).removeprefix('Input should be ').replace('a valid integer', 'a whole number').replace('valid ', '')} was wanted, not {error['input']!r:.80}"
+    wanted = str(error["msg"]).removeprefix("Input should be ").replace("a valid integer", "a whole number").replace("valid ", "")
+    return f"{wanted} was wanted, not {error['input']!r:.80}"
 
 
 @cache

@@ -7,9 +7,12 @@ What can be said without the model is said before it is loaded.
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import os
 import re
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,7 +131,7 @@ def quantize_model(
     clock = _Clock()
     model = load_model(base.folder)
     settings = Settings(max_shard_size=max_shard_size, scale_dtype=_scales(spec))
-    trial = _trial(model, recipe.quant_config(device))
+    trial = _trial(model, recipe, device)
     Planner(trial, spec, variant, named, settings, base).plan(probe=False).raise_if_refused()
     clock.done("load")
     data = _data(calib, base, recipe, samples)
@@ -164,11 +167,24 @@ def load_model(folder: Path) -> Any:
     name = "dtype" if version >= (4, 56) else "torch_dtype"
     library: Any = transformers
     try:
-        model = library.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **{name: "auto"})
+        with _without_bars(library.utils.logging):
+            model = library.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **{name: "auto"})
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UnreadableError(f"{folder}: transformers {transformers.__version__} cannot load it ({first.strip():.300})") from error
     return model.eval()
+
+
+@contextlib.contextmanager
+def _without_bars(logging: Any) -> Iterator[None]:
+    """Without transformers' bars on stderr."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -225,13 +241,24 @@ def _base(model_dir: str | os.PathLike[str]) -> Location:
     return base
 
 
-def _trial(model: Any, config: QuantConfig) -> Checkpoint:
-    """What calibration would make of one linear of each shape, in memory: enough to ask the target before hours of work."""
+def _kind(name: str, config: QuantConfig, mix_cfg: Mapping[str, str]) -> QuantConfig:
+    """How ``Calibrator`` quantizes the linear ``name``: as ``mix_cfg`` says by name, else by its first pattern that matches."""
+    found = mix_cfg.get(name) or next((kind for rule, kind in mix_cfg.items() if fnmatch.fnmatchcase(name, rule)), None)
+    return config if found is None else config.for_layer(found)
+
+
+def _trial(model: Any, recipe: Recipe, device: str) -> Checkpoint:
+    """What calibration would make of one linear of each shape and kind, in memory: enough to ask the target before hours of work."""
+    main = recipe.quant_config(device)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = [name for name in linears if name not in (config.disable_names or ())]
-    chosen = {tuple(linears[name].weight.shape): name for name in reversed(names[: -1 if config.disable_last_linear else None])}
+    left = {*(main.disable_names or ()), *(list(linears)[-1:] if main.disable_last_linear else ())}
+    chosen: dict[tuple[object, ...], tuple[str, QuantConfig]] = {}
+    for name, linear in linears.items():
+        config = _kind(name, main, recipe.mix_cfg)
+        if name not in left and config.model_quant_type != "FLOAT":
+            chosen.setdefault((config.model_quant_type, *linear.weight.shape), (name, config))
     layers, state = {}, {}
-    for name in chosen.values():
+    for name, config in chosen.values():
         linear = linears[name]
         check_linear(name, linear, config)
         layer, _ = quantize_linear(name, linear, config)
@@ -239,13 +266,13 @@ def _trial(model: Any, config: QuantConfig) -> Checkpoint:
         layers[name] = with_inputs(layer, one, one - 1) if layer.kind in STATIC_TYPES else layer
         state[f"{name}.weight"] = linear.weight
     cache = {}
-    if config.use_kvcache_quant:
+    if main.use_kvcache_quant and layers:
         name = next(iter(layers))
         cache = {f"{name}.kv_cache_{part}": torch.zeros(1, dtype=model.dtype) for part in ("scale", "offset")}
     made: Any = SimpleNamespace(
         model=SimpleNamespace(state_dict=lambda: state, config=model.config),
         layers=layers,
-        cfg=config,
+        cfg=main,
         kv_cache=cache,
         attention={},
         torch_dtype=model.dtype,

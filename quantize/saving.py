@@ -26,7 +26,7 @@ from convert.planning import Planner
 from formats import find_format
 from formats.arrays_file import ArraysFile
 from formats.checkpoint import Checkpoint, Location
-from formats.errors import UsageError
+from formats.errors import RefusedError, UsageError
 from formats.ir import Array
 from formats.msmodelslim import MsModelSlim
 from formats.safetensors_file import DTYPES
@@ -42,6 +42,9 @@ SAVE_TYPES = {"safe_tensor": "msmodelslim:safe_tensor", "ascendV1": "msmodelslim
 """msModelSlim's names of what we call variants."""
 WHOLE = 1 << 62
 """Bytes of a file that is not divided."""
+
+NOWHERE = Path(os.devnull) / "model"
+"""The folder of what lies in memory: none that anybody could mean."""
 
 _WEIGHTS, _DESCRIPTION = "quant_model_weight.safetensors", "quant_model_description.json"
 
@@ -149,7 +152,7 @@ def checkpoint_of(calibrator: Calibrator, norms_for: str = "") -> Checkpoint:
     def opener(path: Path, number: int = 0) -> ArraysFile:
         return ArraysFile(path, tensors, number)
 
-    location = Location(Path("model"), (_WEIGHTS, *documents), documents=documents, opener=opener)
+    location = Location(NOWHERE, (_WEIGHTS, *documents), documents=documents, opener=opener)
     if not norms_for:
         return MsModelSlim(location, "safe_tensor")
     found = WithNorms(location, "safe_tensor")
@@ -178,7 +181,9 @@ def save(
     kinds = ["numpy"] if save_type is None else [save_type] if isinstance(save_type, str) else list(save_type)
     for kind in kinds:
         if kind != "numpy":
-            find_format(SAVE_TYPES.get(kind, kind))
+            spec, variant, _ = find_format(SAVE_TYPES.get(kind, kind))
+            if spec.outputs is None or variant.holds is None:
+                raise RefusedError(f"{spec.name}:{variant.name} can be read, but not written yet; `weighbridge formats` says what can")
     if part_file_size is not None and (isinstance(part_file_size, bool) or not isinstance(part_file_size, int) or part_file_size < 1):
         raise UsageError(f"part_file_size: {part_file_size!r}, wanted a whole number of GiB, or None for one file")
     folder = Path(output_path)

@@ -11,11 +11,12 @@ embeddings) stay float, as with msModelSlim's ``disable_last_linear``.
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,7 +29,11 @@ from formats.checkpoint import Checkpoint, float_linears
 from formats.errors import UnreadableError, UsageError
 from formats.ir import Array, ArrayLike, QuantArgs, QuantizedLinear, QuantScheme, read
 from formats.layouts import kernels
+from formats.safetensors_file import DEFAULT_SHARD_BYTES
 from formats.workspace import Workspace
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 EPSILON = np.float32(2.0**-23)
 """The smallest scale, as in ``quantize.rounding``."""
@@ -54,6 +59,19 @@ class Rounding:
     @property
     def top(self) -> int:
         return (1 << self.bits - 1) - 1
+
+
+def rounding_of(recipe: Recipe) -> tuple[Rounding, tuple[str, ...]] | None:
+    """(how a recipe rounds, patterns of linears that stay float) if it needs no data and no model; None if it does."""
+    config = recipe.quant_config()
+    plain = config.w_method == "MinMax" and config.w_sym and not config.co_sparse and set(recipe.mix_cfg.values()) <= {"float"}
+    if recipe.needs_data or not plain or config.model_quant_type not in {"W8A16", "W4A16", "W8A8_DYNAMIC"}:
+        return None
+    if not config.is_per_group and (config.is_lowbit or config.mm_tensor):
+        return None
+    group_size = config.group_size if config.is_per_group else -1
+    floats = (*recipe.mix_cfg, *(config.disable_names or ()))
+    return Rounding(config.w_bit, group_size, config.model_quant_type == "W8A8_DYNAMIC"), floats
 
 
 def absmax(values: Array, group_size: int) -> Array:
@@ -172,7 +190,7 @@ def _lost(dtype: Any) -> int:
 class Rounded(Checkpoint):
     """A float folder whose linears are seen rounded."""
 
-    def __init__(self, dense: Checkpoint, rounding: Rounding, disable_names: tuple[str, ...] = ()) -> None:
+    def __init__(self, dense: Checkpoint, rounding: Rounding, disable_names: tuple[str, ...] = (), patterns: tuple[str, ...] = ()) -> None:
         super().__init__(dense.location, "float", f"w{rounding.bits}a{8 if rounding.dynamic else 16}", dense.tensors)
         if dense.format != "dense":
             raise UsageError(f"{dense.location.folder.name}: is quantized ({dense.format}) already; give the float model")
@@ -181,7 +199,8 @@ class Rounded(Checkpoint):
         for name in disable_names:
             if name not in linears:
                 raise UsageError(f"disable_names: {name!r} is no linear of this model; its first is {next(iter(linears), 'none')!r}")
-        self.linears = frozenset(name for name in linears if name not in disable_names and name.rpartition(".")[2] not in ROUTERS)
+        floats = {name for name in linears for rule in patterns if fnmatch.fnmatchcase(name, rule)} | set(disable_names)
+        self.linears = frozenset(name for name in linears if name not in floats and name.rpartition(".")[2] not in ROUTERS)
         for name in self.linears:
             self._check(name)
         for _, tensor in dense.entries:
@@ -223,6 +242,8 @@ def round_folder(
     to: str,
     *,
     disable_names: tuple[str, ...] = (),
+    patterns: tuple[str, ...] = (),
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     proof: bool = True,
     jobs: int | None = None,
@@ -230,11 +251,13 @@ def round_folder(
 ) -> Result:
     """Round the linears of a float folder and write it as format ``to``, into folder ``out``.
 
+    disable_names   linears that stay float; patterns: the same, as ``fnmatch`` patterns that need not match any
+
     raises  UsageError, UnreadableError, RefusedError, DestinationError, NotSameError; nothing visible is left at ``out``
     """
     spec, variant, named = find_format(to)
-    checkpoint = Rounded(open_checkpoint(Path(model)), rounding, disable_names)
-    settings = Settings(jobs=jobs, scale_dtype="keep" if spec.name == "msmodelslim" else None)
+    checkpoint = Rounded(open_checkpoint(Path(model)), rounding, disable_names, patterns)
+    settings = Settings(jobs=jobs, max_shard_size=max_shard_size, scale_dtype="keep" if spec.name == "msmodelslim" else None)
     # A probe would read every weight, to find what is so by construction: symmetric, finite, in range.
     plan = Planner(checkpoint, spec, variant, named, settings).plan(probe=False)
     return run(plan, out, overwrite=overwrite, proof=proof, progress=progress)
