@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from checkpoints import FIXTURES, GOLDENS
 
 CopyGolden = Callable[[str], Path]
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it, and a shell ignores it for what runs in its background
 
 
 @pytest.fixture
