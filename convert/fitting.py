@@ -262,8 +262,8 @@ class Fitter:
         carrier = self._carrier(args.bits)
         if carrier > args.bits:
             moves.append("widen-codes")
-        one = header.inputs is not None and wanted == in_ and "channel" in self.holds.strategies and not self.holds.mixed_groups
-        strategy: Strategy = "channel" if group_size == -1 or one else "group"
+        per_channel = header.inputs is not None and wanted == in_ and "channel" in self.holds.strategies and not self.holds.mixed_groups
+        strategy: Strategy = "channel" if group_size == -1 or per_channel else "group"
         size = None if strategy == "channel" else group_size
         order = args.actorder if args.actorder in self.holds.act_order else None
         target = replace(args, bits=carrier, strategy=strategy, group_size=size, actorder=order)

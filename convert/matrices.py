@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from formats import Checkpoint
+from formats.checkpoint import Entry
 from formats.ir import Array, ArrayLike, QuantizedLinear, dequantize, read, scale_grid, value_table
 from formats.layouts import PackedMatrix, code_range, kernels
 from formats.safetensors_file import DTYPES
@@ -281,9 +282,8 @@ class Matrices(Mapping[str, Matrix]):
                 found = [matrix.name for matrix in layer_matrices(self._checkpoint, name)]
             yield from (name for name in found if name not in without)
 
-    def _entries(self) -> Iterator[tuple[str, str]]:
-        yield from self._checkpoint.entries
-        yield from (("plain", name) for name in self._checkpoint.attention)
+    def _entries(self) -> list[Entry]:
+        return self._checkpoint.entries_with(self._checkpoint.attention)
 
     def items(self) -> Any:
         return ((matrix.name, matrix) for matrix in self.values())

@@ -18,10 +18,10 @@ import typer
 from formats import find_format, open_checkpoint
 from formats.errors import DestinationError, RefusedError, UsageError
 
-from .cli import echo_result
 from .engine import Progress, Result, convert, run
 from .options import Settings
 from .planning import Planner
+from .printing import echo_result
 from .records import Plan
 from .terminal import Failing, progress_bar
 

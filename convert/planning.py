@@ -17,10 +17,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from formats import Checkpoint, find_format, open_checkpoint
+from formats import Checkpoint, check_writable, find_format, open_checkpoint
 from formats.checkpoint import Location, float_linears, float_matrices, zeros_reading
 from formats.derived import bias_error, contradiction
-from formats.errors import RefusedError, UnreadableError, UsageError
+from formats.errors import UnreadableError, UsageError
 from formats.ir import QuantizedLinear, QuantScheme, read
 from formats.layouts import expect_work
 from formats.safetensors_file import DTYPES, OutputFile, lay_out
@@ -71,8 +71,7 @@ def _target(to: str, consumer: str | None) -> tuple[FormatSpec, Variant, bool]:
             raise UsageError(f"--for {consumer}: there is no such consumer; there are {', '.join(CONSUMERS)}")
         dialect = spec.variant(consumer)
         variant, named = (dialect, True) if dialect is not None and not named else (variant, named)
-    if spec.outputs is None or variant.holds is None:
-        raise RefusedError(f"{spec.name}:{variant.name} can be read, but not written yet; `weighbridge formats` says what can")
+    check_writable(spec, variant)
     return spec, variant, named
 
 
@@ -115,6 +114,7 @@ class Planner:
         self.fitter = Fitter(checkpoint, spec, variant, settings, self.ledger, self.half, bits)
         alike = spec.name == checkpoint.format  # a cache's scales have a spelling in their own format only
         self.attention = tuple(checkpoint.attention if alike else ())
+        self.entries = checkpoint.entries_with(self.attention)
 
     def plan(self, probe: bool) -> Plan:
         self._refuse_unreadable_parts()
@@ -131,7 +131,7 @@ class Planner:
         self._choose_variant(facts)
         losses = self._judge_losses()
         by_name = {layer.target.name: layer for layer in layers}
-        plain = [*(name for kind, name in self.checkpoint.entries if kind == "plain"), *self.attention]
+        plain = [name for kind, name in self.entries if kind == "plain"]
         model = ModelFacts(
             tuple(layer.target for layer in layers),
             tuple(name for name in float_linears(self.checkpoint) if name not in by_name),
@@ -334,7 +334,7 @@ class Planner:
     def _tensors(self, layers: dict[str, LayerPlan]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Every output tensor in order: the source's order, each layer's tensors together."""
         assert self.spec.outputs is not None
-        for kind, name in [*self.checkpoint.entries, *(("plain", name) for name in self.attention)]:
+        for kind, name in self.entries:
             if kind == "plain":
                 info = self.checkpoint.tensors[name]
                 yield name, info.dtype, info.shape

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from formats import Checkpoint
-from formats.checkpoint import Location
+from formats.checkpoint import Entry, Location
 from formats.errors import RefusedError
 from formats.ir import QuantizedLinear, QuantScheme
 from formats.safetensors_file import NAMES, OutputFile
@@ -122,9 +122,9 @@ class Plan:
         return self.variant.holds
 
     @property
-    def entries(self) -> list[tuple[Literal["layer", "plain"], str]]:
+    def entries(self) -> list[Entry]:
         """("layer" | "plain", name) of everything that is written, in order: the source's entries, then what else is carried."""
-        return [*self.checkpoint.entries, *(("plain", name) for name in self.model.attention)]
+        return self.checkpoint.entries_with(self.model.attention)
 
     @property
     def target_name(self) -> str:

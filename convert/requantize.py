@@ -26,7 +26,7 @@ from .probe import to_float32
 from .proof import Found
 from .records import HALF_STEP, LayerPlan, Plan
 from .tiling import tiles_of
-from .writing import LayerWriter, Place, Task, Works, cast, vector
+from .writing import LayerWriter, Place, Task, Works, cast, write_vector
 
 LARGEST = 127
 """Largest code; -128 is not used, as symmetric quantizers do."""
@@ -34,10 +34,11 @@ LARGEST = 127
 _PIECE = 1 << 22
 
 
-def codes_of(weights: Array, scales: Array) -> Array:
-    """int8 codes [rows, cols] nearest to float32 ``weights``, of float32 ``scales`` [rows, 1]."""
-    codes = np.rint(weights / scales)
-    return np.clip(codes, -LARGEST, LARGEST, out=codes).astype(np.int8)
+def steps_of(weights: Array, scales: Array, out: Array | None = None) -> Array:
+    """Whole steps [rows, cols], as float32, nearest to float32 ``weights``, of float32 ``scales`` [rows, 1]."""
+    steps: Array = np.divide(weights, scales, out=out)
+    np.rint(steps, out=steps)
+    return np.clip(steps, -LARGEST, LARGEST, out=steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class _Codes:
         return np.dtype(np.int8)
 
     def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
-        return codes_of(dequantize(self.layer, rows, cols), to_float32(self.scales[rows]))
+        return steps_of(dequantize(self.layer, rows, cols), to_float32(self.scales[rows])).astype(np.int8)
 
 
 class RequantizingWriter(LayerWriter):
@@ -112,8 +113,7 @@ class RequantizingWriter(LayerWriter):
             data = np.asarray(layer.scales) if spec.part == "scales" else np.zeros(spec.shape, DTYPES[spec.dtype])
             output.write(info, data.T if spec.transposed else data, 0, 0)
         else:
-            data = vector(layer, self._layer, spec)
-            output.write(info, data.reshape(info.shape if len(info.shape) == 2 else (1, -1)), 0, 0)
+            write_vector(layer, self._layer, spec, output, info)
 
     def write(self, rows: slice, cols: slice, works: Works) -> tuple[Found | None, int]:
         (output, info), layout = self._places[self._spec.name], self._spec.layout
@@ -124,7 +124,9 @@ class RequantizingWriter(LayerWriter):
         left, right, bound = [], [], 0.0
         for strip in ours.strips():
             values, scales = ours.values(strip), to_float32(np.asarray(layer.scales)[strip])
-            codes = codes_of(values, scales)
+            steps = steps_of(values, scales, works[1].take("steps", values.shape, np.float32))
+            codes = works[1].take("codes", values.shape, np.int8)
+            np.copyto(codes, steps, casting="unsafe")  # whole, and within int8
             top, begin = layout.corner(strip.start - rows.start, 0)
             high, wide = layout.stored_shape(codes.shape)
             words = layout.pack(codes, block[top : top + high, begin : begin + wide])
@@ -132,10 +134,13 @@ class RequantizingWriter(LayerWriter):
                 continue
             if not np.array_equal(layout.unpack(words), codes):
                 raise NotSameError(f"{self._spec.name}: what was packed does not unpack; this is a fault in Weighbridge: please report it")
-            made = codes * scales + np.float32(0)
+            made = np.multiply(steps, scales, out=steps)
+            made += np.float32(0)
             left.append(leaves_of(values))
             right.append(leaves_of(made))
-            bound = max(bound, float(np.abs(made - values).max(initial=0)) / (float(self._largest.max()) or 1.0))
+            apart = np.subtract(made, values, out=made)
+            furthest = max(float(apart.max(initial=0)), -float(apart.min(initial=0)))
+            bound = max(bound, furthest / (float(self._largest.max()) or 1.0))
         corner = layout.corner(rows.start, cols.start)
         output.write(info, block, *corner)
         if not self._theirs:

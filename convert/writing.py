@@ -93,7 +93,7 @@ class LayerWriter:
                     rows = slice(start, min(start + step, layer.groups[0]))
                     yield partial(_write_grid, layer, self._layer, self._smallest_zero(), spec, output, info, rows)
             else:
-                yield partial(_write_vector, layer, self._layer, spec, output, info)
+                yield partial(write_vector, layer, self._layer, spec, output, info)
 
     def _write_one(self, spec: TensorSpec) -> None:
         """The scale or zero point of a whole tensor."""
@@ -283,7 +283,7 @@ def _padded(grid: Array, columns: int, value: int) -> Array:
     return padded
 
 
-def _write_vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec, output: Output, info: TensorInfo) -> None:
+def write_vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec, output: Output, info: TensorInfo) -> None:
     """One of the tensors that are small whole."""
     data = vector(layer, plan, spec)
     output.write(info, data.reshape(info.shape if len(info.shape) == 2 else (1, -1)), 0, 0)

@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint, Location
 from .errors import RefusedError, UnreadableError, UsageError
 from .spec import FormatSpec, Variant
 
-__all__ = ["FORMATS", "Checkpoint", "Location", "detect", "find_format", "open_checkpoint"]
+__all__ = ["FORMATS", "Checkpoint", "Location", "check_writable", "detect", "find_format", "find_target", "open_checkpoint"]
 
 FORMATS: tuple[FormatSpec, ...] = (
     msmodelslim.SPEC,
@@ -34,6 +34,19 @@ def find_format(target: str) -> tuple[FormatSpec, Variant, bool]:
     if found is None:
         raise UsageError(f"{name} has no variant {variant!r}; it has {', '.join(v.name for v in spec.variants)}")
     return spec, found, bool(variant)
+
+
+def find_target(target: str) -> tuple[FormatSpec, Variant, bool]:
+    """What ``find_format`` finds, if it can be written; ``RefusedError`` where it can only be read."""
+    spec, variant, named = find_format(target)
+    check_writable(spec, variant)
+    return spec, variant, named
+
+
+def check_writable(spec: FormatSpec, variant: Variant) -> None:
+    """RefusedError if the format's variant can only be read."""
+    if spec.outputs is None or variant.holds is None:
+        raise RefusedError(f"{spec.name}:{variant.name} can be read, but not written yet; `weighbridge formats` says what can")
 
 
 def detect(location: Location) -> tuple[FormatSpec, str]:

@@ -61,12 +61,12 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import Location, Unsupported
+from .checkpoint import FLOATS, Location, Unsupported
 from .errors import UnreadableError
 from .ir import ArrayLike, QuantArgs, QuantizedLinear, QuantScheme
 from .layouts import PackedMatrix, PackLayout, TileLayout
 from .marlin import MARLIN, PermutedScales, scale_order
-from .qweight import FLOATS, QweightCheckpoint
+from .qweight import QweightCheckpoint
 from .scaled_zeros import ScaledZeros
 from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 

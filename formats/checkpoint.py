@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +16,11 @@ from .errors import UnreadableError, UsageError
 from .ir import Array, ArrayLike, PlainTensor, QuantizedLinear, read
 from .safetensors_file import SafetensorsFile, SourceFile, StoredFile, TensorSet, open_index, read_json
 from .workspace import Workspace
+
+FLOATS = ("F16", "BF16", "F32")
+"""Dtypes of biases and, in most formats, of scales."""
+
+Entry = tuple[Literal["layer", "plain"], str]
 
 ZerosReading = Literal["mask", "plain", "carry"]
 
@@ -172,7 +177,7 @@ class Checkpoint:
         self.format = format
         self.variant = variant
         self.tensors = tensors
-        self.entries: list[tuple[Literal["layer", "plain"], str]] = []
+        self.entries: list[Entry] = []
         self.left_out: list[LeftOut] = []
         self.unsupported: list[Unsupported] = []
         self.functional: list[str] = []
@@ -198,6 +203,15 @@ class Checkpoint:
         """Stored tensors that layer ``name`` is made of."""
         return ()
 
+    def bias(self, name: str) -> ArrayLike | None:
+        """The layer's bias, if one is stored; UnreadableError if it is not one of floats in one dimension."""
+        info = self.tensors.get(f"{name}.bias")
+        if info is None:
+            return None
+        if info.dtype not in FLOATS or len(info.shape) != 1:
+            raise UnreadableError(f"{name}: bias is {info.dtype} {list(info.shape)}, wanted one float for each output")
+        return self.tensors.tensor(f"{name}.bias")
+
     def plain(self, name: str) -> PlainTensor:
         """The plain tensor ``name``, as a view."""
         info = self.tensors[name]
@@ -206,6 +220,10 @@ class Checkpoint:
     def data_findings(self) -> list[Finding]:
         """Findings that only the data can make; reads small tensors. None by default."""
         return []
+
+    def entries_with(self, attention: Iterable[str]) -> list[Entry]:
+        """``entries``, and after them tensors of ``attention``, which are carried as plain ones."""
+        return [*self.entries, *(("plain", name) for name in attention)]
 
     @property
     def layer_names(self) -> list[str]:

@@ -51,13 +51,12 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import Checkpoint, Finding, IntegralZeros, LeftOut, Location, Unsupported
+from .checkpoint import FLOATS, Checkpoint, Finding, IntegralZeros, LeftOut, Location, Unsupported
 from .compressed_config import METHOD, CompressedConfig, Group, format_of, quantization_config
 from .compressed_layouts import FLOAT4, FLOAT8, INT8, SmallScales, as_bytes, lanes_of, packed_layout
 from .errors import UnreadableError
 from .ir import Array, ArrayLike, Extra, QuantArgs, QuantizedLinear, QuantScheme
 from .layouts import PackedMatrix
-from .qweight import FLOATS
 from .spec import Capabilities, FormatSpec, LayerTarget, Objection, TensorSpec, Variant
 from .stored_tensor import StoredTensor
 
@@ -227,7 +226,7 @@ class CompressedTensors(Checkpoint):
             outer,
             outer_divides=outer is not None,
             g_idx=g_idx,
-            bias=self._bias(name),
+            bias=self.bias(name),
             input_scale=input_scale,
             input_zero_point=input_zero_point,
             extras=extras,
@@ -408,14 +407,6 @@ class CompressedTensors(Checkpoint):
             found = "is missing" if info is None else f"is {info.dtype} {list(info.shape)}"
             raise UnreadableError(f"{name}: {part} {found}, wanted {' or '.join(dtypes)} [1]; the checkpoint is damaged or incomplete")
         return self.tensors.array(f"{name}.{part}").reshape(1)
-
-    def _bias(self, name: str) -> ArrayLike | None:
-        info = self.tensors.get(f"{name}.bias")
-        if info is None:
-            return None
-        if info.dtype not in FLOATS or len(info.shape) != 1:
-            raise UnreadableError(f"{name}: bias is {info.dtype} {list(info.shape)}, wanted one float for each output")
-        return self.tensors.tensor(f"{name}.bias")
 
 
 def _grid(args: QuantArgs, shape: tuple[int, int]) -> tuple[int, int]:

@@ -45,13 +45,13 @@ from typing import Any, get_args
 
 import numpy as np
 
-from .checkpoint import Finding, LeftOut, Location, Unsupported, ZerosReading, modules_in_every_block
+from .checkpoint import FLOATS, Finding, LeftOut, Location, Unsupported, ZerosReading, modules_in_every_block
 from .errors import UnreadableError, UsageError
 from .gptq_config import ModuleRules, has_bias, usual_reading
 from .ir import Array, ArrayLike, QuantArgs, QuantizedLinear, QuantScheme
 from .layouts import PackedMatrix, PackLayout
 from .marlin import MARLIN, PermutedScales
-from .qweight import FLOATS, QweightCheckpoint
+from .qweight import QweightCheckpoint
 from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 from .workspace import Workspace
 

@@ -66,7 +66,7 @@ from typing import Any
 import numpy as np
 
 from . import msmodelslim_target as target
-from .checkpoint import Checkpoint, Finding, IntegralZeros, LeftOut, Location, Unsupported
+from .checkpoint import FLOATS, Checkpoint, Finding, IntegralZeros, LeftOut, Location, Unsupported
 from .derived import DERIVED, decode_deq_scale
 from .errors import UnreadableError
 from .ir import Array, ArrayLike, Extra, QuantArgs, QuantizedLinear, QuantScheme, Strategy, read
@@ -112,7 +112,6 @@ _ONLY_QUANTIZED = (
 )  # fmt: skip
 """Leaf names that nothing but a quantized layer has."""
 LAYER_PARTS = ("weight", "bias", *_ONLY_QUANTIZED)
-_FLOATS = frozenset({"F16", "BF16", "F32"})
 
 
 def detect(location: Location) -> str | None:
@@ -273,11 +272,11 @@ class MsModelSlim(Checkpoint):
         static = kind in {"static", "both"}
         self._require(name, type_, "weight", ("I8",), 2)
         if f"{name}.bias" in self.tensors:
-            self._require(name, type_, "bias", tuple(_FLOATS), 1)
+            self._require(name, type_, "bias", FLOATS, 1)
         if static:
-            self._require(name, type_, "input_scale", tuple(_FLOATS), 1)
+            self._require(name, type_, "input_scale", FLOATS, 1)
         if not (static and self._is_derived(name)):
-            self._require(name, type_, "weight_scale", tuple(_FLOATS))
+            self._require(name, type_, "weight_scale", FLOATS)
         second = f"{name}.weight_scale_second" in self.tensors
         layout = self._layout(name, type_, bits)
         codes = PackedMatrix(layout, self.tensors.tensor(f"{name}.weight"))
@@ -327,7 +326,7 @@ class MsModelSlim(Checkpoint):
 
     def _inputs(self, name: str, type_: str) -> tuple[Array, Array]:
         """Static input scale and zero point, [1] each."""
-        self._require(name, type_, "input_offset", (*_FLOATS, "I8"), 1)
+        self._require(name, type_, "input_offset", (*FLOATS, "I8"), 1)
         found = {part: np.asarray(self.tensors.array(f"{name}.{part}")) for part in ("input_scale", "input_offset")}
         for part, array in found.items():
             if array.shape != (1,):

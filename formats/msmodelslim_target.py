@@ -102,7 +102,7 @@ def objection(layer: LayerTarget, variant: str) -> Objection | None:
     weights, kind = layer.scheme.weights, layer.inputs
     name = type_of(layer, variant)
     if weights.bits == 4 and kind in {"static", "both"}:
-        hint = "allow --allow activations-dropped, or quantize inputs dynamically"
+        hint = "pass --allow activations-dropped, or quantize inputs dynamically"
         return Objection("type", "4-bit weights with static input scales", "has no type for that", hint)
     if kind is not None and weights.bits == 8 and weights.strategy == "group":
         return Objection("group-size", f"groups in {name}", "has one scale per channel there", "convert to compressed-tensors or dense")
@@ -112,7 +112,7 @@ def objection(layer: LayerTarget, variant: str) -> Objection | None:
     if kind is not None and not weights.symmetric:
         return Objection("zero-point", f"zero points in {name}", "is symmetric there", "convert to compressed-tensors or dense")
     if variant == "vllm-ascend" and name == "W8A16" and not weights.symmetric:
-        hint = "allow --allow requantize, which is measured, or convert to gptq or awq and serve it on a GPU"
+        hint = "pass --allow requantize, which is measured, or convert to gptq or awq and serve it on a GPU"
         return Objection("zero-point", "zero points in W8A16", "is served with wrong weights if it has them (0.30.0rc2)", hint)
     return None
 

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from .checkpoint import Checkpoint, Location
+from .checkpoint import Checkpoint, Entry, Location
 from .errors import UnreadableError
-from .ir import ArrayLike
 from .safetensors_file import TensorSet
 
-FLOATS = ("F16", "BF16", "F32")
 ORPHANS = frozenset({"qzeros", "g_idx", "scaled_zeros"})
 """Leaf names that nothing but a quantized layer has."""
-
-Entry = tuple[Literal["layer", "plain"], str]
 
 
 def entries_of(tensors: Iterable[str], parts: Sequence[str], stored: TensorSet) -> list[Entry]:
@@ -64,15 +60,6 @@ class QweightCheckpoint(Checkpoint):
     def part(self, name: str, part: str) -> Any:
         """The stored tensor, unread."""
         return self.tensors.tensor(f"{name}.{part}")
-
-    def bias(self, name: str) -> ArrayLike | None:
-        """The layer's bias, if one is stored; UnreadableError if it is not one of floats in one dimension."""
-        info = self.tensors.get(f"{name}.bias")
-        if info is None:
-            return None
-        if info.dtype not in FLOATS or len(info.shape) != 1:
-            raise UnreadableError(f"{name}: bias is {info.dtype} {list(info.shape)}, wanted one float for each output")
-        return self.tensors.tensor(f"{name}.bias")
 
     def check_group_size(self, name: str, in_: int, group_size: int, said: Any) -> None:
         """UnreadableError if the config says another group size than the shapes do."""

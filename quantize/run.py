@@ -28,7 +28,7 @@ from convert.engine import run as write
 from convert.options import Settings
 from convert.planning import Planner
 from convert.records import Plan
-from formats import find_format
+from formats import find_target
 from formats.checkpoint import Checkpoint, Location
 from formats.errors import DestinationError, RefusedError, UnreadableError, UsageError
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
@@ -199,9 +199,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _target(to: str) -> tuple[FormatSpec, Variant, bool]:
-    spec, variant, named = find_format(to)
-    if spec.outputs is None or variant.holds is None:
-        raise RefusedError(f"{spec.name}:{variant.name} can be read, but not written yet; `weighbridge formats` says what can")
+    spec, variant, named = find_target(to)
+    assert variant.holds is not None
     if variant.holds.dequantized:
         raise UsageError(f"--to {to}: holds no quantized weights, so there is nothing to quantize for; name another format")
     return spec, variant, named

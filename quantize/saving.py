@@ -23,10 +23,10 @@ from torch import Tensor
 from convert.engine import Result, run
 from convert.options import Settings
 from convert.planning import Planner
-from formats import find_format
+from formats import find_target
 from formats.arrays_file import ArraysFile
 from formats.checkpoint import Checkpoint, Location
-from formats.errors import RefusedError, UsageError
+from formats.errors import UsageError
 from formats.ir import Array
 from formats.msmodelslim import MsModelSlim
 from formats.safetensors_file import DTYPES
@@ -181,9 +181,7 @@ def save(
     kinds = ["numpy"] if save_type is None else [save_type] if isinstance(save_type, str) else list(save_type)
     for kind in kinds:
         if kind != "numpy":
-            spec, variant, _ = find_format(SAVE_TYPES.get(kind, kind))
-            if spec.outputs is None or variant.holds is None:
-                raise RefusedError(f"{spec.name}:{variant.name} can be read, but not written yet; `weighbridge formats` says what can")
+            find_target(SAVE_TYPES.get(kind, kind))
     if part_file_size is not None and (isinstance(part_file_size, bool) or not isinstance(part_file_size, int) or part_file_size < 1):
         raise UsageError(f"part_file_size: {part_file_size!r}, wanted a whole number of GiB, or None for one file")
     folder = Path(output_path)
@@ -199,7 +197,7 @@ def save(
 
 
 def _save_format(calibrator: Calibrator, folder: Path, to: str, safetensors_name: str | None, json_name: str | None, shard: int) -> Result:
-    spec, variant, named = find_format(to)
+    spec, variant, named = find_target(to)
     settings = Settings(max_shard_size=shard, scale_dtype="keep" if spec.name == "msmodelslim" else None)
     norms_for = variant.name if spec.name == "msmodelslim" and variant.name in {"safe_tensor", "ascendv1"} else ""
     plan = Planner(checkpoint_of(calibrator, norms_for), _renamed(spec, safetensors_name, json_name), variant, named, settings).plan(

@@ -24,7 +24,7 @@ from convert.engine import Progress, Result, run
 from convert.options import Settings
 from convert.planning import Planner
 from convert.probe import to_float32
-from formats import find_format, open_checkpoint
+from formats import find_target, open_checkpoint
 from formats.checkpoint import Checkpoint, float_linears
 from formats.errors import UnreadableError, UsageError
 from formats.ir import Array, ArrayLike, QuantArgs, QuantizedLinear, QuantScheme, read
@@ -255,7 +255,7 @@ def round_folder(
 
     raises  UsageError, UnreadableError, RefusedError, DestinationError, NotSameError; nothing visible is left at ``out``
     """
-    spec, variant, named = find_format(to)
+    spec, variant, named = find_target(to)
     checkpoint = Rounded(open_checkpoint(Path(model)), rounding, disable_names, patterns)
     settings = Settings(jobs=jobs, max_shard_size=max_shard_size, scale_dtype="keep" if spec.name == "msmodelslim" else None)
     # A probe would read every weight, to find what is so by construction: symmetric, finite, in range.

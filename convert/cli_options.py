@@ -1,0 +1,33 @@
+"""Options that several commands have, said once."""
+
+from __future__ import annotations
+
+import typer
+
+GPTQ_ZEROS = typer.Option(
+    None,
+    "--gptq-zeros",
+    metavar="mask|plain|carry",
+    help="How the top lane of GPTQ v1 zero points is read. Default: as its writer meant it.",
+)
+BASE_MODEL = typer.Option(None, "--base-model", help="Float model's folder: config.json, tokenizer. Default: beside the source.")
+ALLOW = typer.Option([], "--allow", metavar="CODE", help="A loss that may happen (the plan names it); may be repeated.")
+STRICT = typer.Option(False, "--strict", help="Refuse every loss, rounding of scales too.")
+SCALE_DTYPE = typer.Option(None, "--scale-dtype", metavar="keep|float16|bfloat16|float32", help="Default: what the target's loaders want.")
+SERVE_DTYPE = typer.Option(None, "--serve-dtype", metavar="float16|bfloat16", help="msmodelslim only: the dtype in which the NPU computes.")
+CONSUMER = typer.Option(
+    None,
+    "--for",
+    metavar="CONSUMER",
+    help="What will load the folder (vllm, vllm-ascend, mindie, ...): its dialect; refuse what it would not load.",
+)
+SHARD = typer.Option("5GB", "--max-shard-size", help="Largest output file.")
+JOBS = typer.Option(None, "--jobs", min=1, help="Worker threads. Default: the CPUs that may be used.")
+MEMORY = typer.Option("256MiB", "--max-memory", help="Memory that may be used over the bare interpreter's; fewer threads run if little.")
+JSON = typer.Option(False, "--json", help="Print JSON on stdout.")
+TO = typer.Option(
+    ...,
+    "--to",
+    metavar="FORMAT[:VARIANT]",
+    help="awq, gptq, gptq:v2, compressed-tensors, msmodelslim, dense; `weighbridge formats` lists them.",
+)
