@@ -172,12 +172,10 @@ def _below(limit: float | None) -> str:
     return "" if limit is None else f"less than {limit:g}"
 
 
-def print_quantized(result: Any) -> None:
+def print_quantized(result: Any, blocks: Sequence[Any]) -> None:
     """Errors by decoder layer, and what was written."""
-    from quantize.progress import blocks
-
     rows = []
-    for block in blocks(result.layers):
+    for block in blocks:
         worst, widest = block.worst, block.widest
         found = ["", ""] if widest is None else [f"{widest.range_parm:.2f}", widest.leaf]
         rows.append([block.name, str(block.layers), f"{block.mean_error:.4f}", f"{worst.weight_error:.4f}", worst.leaf, *found])

@@ -1,0 +1,284 @@
+"""A decoder, one layer at a time: what lets a model be calibrated, measured and quantized in the memory of one of its layers.
+
+A *stage* is the model with only some of its parts: the embeddings, one decoder layer, or the final norm and head. What is left out
+is passed by: the list of layers has just one that is run, the embeddings are fed with ``inputs_embeds``, norm and head return their
+input. So masks, rotary embeddings and whatever else a layer is given are made by the model's own forward, and modules keep their names
+("model.layers.3.self_attn.q_proj"), whatever is to be done with them.
+
+Where the weights are decides what a stage costs: of a model in memory nothing is copied (``Blocks(model)``); of a folder the parts
+are read when a stage begins and dropped when it ends (``Blocks.open``). A folder of any format of ours will do: quantized linears are
+dequantized by the law.
+
+Between stages the hidden states of every sample are kept in ``States``: in memory, or in a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from formats import Checkpoint, Location, open_checkpoint
+from formats.errors import UnreadableError, UsageError
+from formats.ir import dequantize, read
+
+from .architectures import Architecture, architecture_of
+
+__all__ = ["Blocks", "Sample", "States", "Weights", "to_torch"]
+
+Sample = Sequence[Tensor]
+"""[input_ids] or [input_ids, attention_mask], each [1, tokens]."""
+
+
+def to_torch(array: Any) -> Tensor:
+    """A NumPy array, of ml_dtypes' bfloat16 too, as a tensor that shares its memory where it may be written to."""
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    array = array if array.flags.writeable else array.copy()
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+class Weights:
+    """A folder's tensors under the names of a float model, in the dtype ``dtype``: quantized linears dequantized."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self._layers = frozenset(checkpoint.layer_names)
+        self._plain = frozenset(checkpoint.plain_names)
+
+    def __contains__(self, name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        if module in self._layers:
+            return leaf == "weight" or (leaf == "bias" and self.checkpoint.layer(module).bias is not None)
+        return name in self._plain
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor called ``name``, in ``dtype`` if it is one of floats."""
+        module, _, leaf = name.rpartition(".")
+        if module in self._layers:
+            layer = self.checkpoint.layer(module)
+            if leaf == "weight":
+                return self._floats(to_torch(dequantize(layer)))
+            assert layer.bias is not None
+            return self._floats(to_torch(read(layer.bias)))
+        return self._floats(to_torch(read(cast(Any, self.checkpoint.plain(name).data))))
+
+    def _floats(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def fill(self, module: nn.Module, path: str) -> nn.Module:
+        """``module``, whose parameters are on the meta device, with those that the folder has below ``path``."""
+        state: dict[str, Tensor] = {}
+        for name in module.state_dict():
+            whole = f"{path}.{name}"
+            if whole not in self:
+                raise UnreadableError(
+                    f"{self.checkpoint.location.folder.name}: has no tensor {whole!r}, which this model's code wants; the folder is "
+                    "incomplete, or its tensors are named otherwise than this transformers names them"
+                )
+            state[name] = self.tensor(whole)
+        module.load_state_dict(state, assign=True)
+        return module.eval().requires_grad_(False)
+
+
+class _OneLayer(nn.ModuleList):
+    """A list of ``count`` layers of which only those that are there are run; they keep their names."""
+
+    def __init__(self, count: int, layers: dict[int, nn.Module]) -> None:
+        super().__init__()
+        self.count = count
+        for index, layer in layers.items():
+            self.add_module(str(index), layer)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._modules.values())  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [layer for number, layer in self._modules.items() if int(number) in range(self.count)[index]]
+        return self._modules[str(range(self.count)[index])]
+
+
+class States(Sequence[Tensor]):
+    """The hidden states [1, tokens, hidden] of every sample, in memory or, with ``path``, in a file that is mapped."""
+
+    def __init__(self, lengths: Sequence[int], hidden: int, dtype: torch.dtype, path: Path | None = None) -> None:
+        self.lengths, self.hidden, self.dtype, self.path = tuple(lengths), hidden, dtype, path
+        self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        size = int(self._starts[-1]) * hidden * dtype.itemsize
+        if path is None:
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        else:
+            if not path.is_file() or path.stat().st_size != size:
+                with path.open("wb") as file:
+                    file.truncate(size)
+            self._bytes = torch.from_numpy(np.memmap(path, np.uint8, "r+", shape=(size,)))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def _view(self, index: int) -> Tensor:
+        width = self.hidden * self.dtype.itemsize
+        begin, end = int(self._starts[index]) * width, int(self._starts[index + 1]) * width
+        return self._bytes[begin:end].view(self.dtype).reshape(1, self.lengths[index], self.hidden)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._view(range(len(self))[index])
+
+    def __setitem__(self, index: int, values: Tensor) -> None:
+        self._view(range(len(self))[index]).copy_(values)
+
+    def sync(self) -> None:
+        """Bring a file's states to the disk."""
+        if self.path is not None:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+class Blocks:
+    """The decoder layers of ``model``, which is in memory or, with ``weights``, an empty shell on the meta device.
+
+    names        of the decoder layers; linears: {name: module} of all linears, of a shell without weights
+    config       the model's; architecture: where its parts are
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture | None = None, weights: Weights | None = None) -> None:
+        self.model, self.weights = model, weights
+        self.config: Any = getattr(model, "config", None)
+        self.architecture = architecture_of(self.config) if architecture is None else architecture
+        layers = self._module(self.architecture.layers)
+        if not isinstance(layers, nn.ModuleList):
+            raise UsageError(f"{self.architecture.layers}: is no list of layers in this model, as its architecture says it is")
+        self._layers = layers
+        self.names = tuple(f"{self.architecture.layers}.{index}" for index in range(len(layers)))
+        self.linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self._parts = {
+            path: self._module(path) for path in (self.architecture.embeddings, self.architecture.final_norm, self.architecture.head)
+        }
+        self._use_cache = getattr(self.config, "use_cache", None)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str] | Checkpoint, dtype: torch.dtype | None = None) -> Blocks:
+        """The decoder of a folder of any format of ours; ``dtype``: to compute in, the model's own by default.
+
+        :raises UnreadableError: transformers has no code for the model
+        """
+        checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(Path(folder))
+        model, own = shell(checkpoint)
+        return cls(model, None, Weights(checkpoint, own if dtype is None else dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        if self.weights is not None:
+            return self.weights.dtype
+        return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @contextlib.contextmanager
+    def stage(self, layer: int | None = None, *, embeddings: bool = False, head: bool = False, device: torch.device | None = None) -> Any:
+        """The model with only those parts, ready to run. What the caller changes in a model that is in memory stays changed."""
+        arch, there = self.architecture, {} if layer is None else {layer: self._filled(self._layers[layer], self.names[layer])}
+        swapped: dict[str, nn.Module] = {arch.layers: _OneLayer(len(self._layers), there)}
+        for path, wanted in ((arch.embeddings, embeddings), (arch.final_norm, head), (arch.head, head)):
+            swapped[path] = self._filled(self._parts[path], path) if wanted else nn.Identity()
+        try:
+            for path, module in swapped.items():
+                _put(self.model, path, module)
+            if self._use_cache is not None:
+                self.config.use_cache = False
+            if device is not None:
+                self.model.to(device)
+            yield self.model.eval()
+        finally:
+            for path, module in {arch.layers: self._layers, **self._parts}.items():
+                _put(self.model, path, module)
+            if self._use_cache is not None:
+                self.config.use_cache = self._use_cache
+
+    def begin(self, samples: Sequence[Sample], path: Path | None = None, device: torch.device | None = None) -> States:
+        """The hidden states that the first layer gets."""
+        lengths = [int(sample[0].shape[1]) for sample in samples]
+        states = States(lengths, int(self.config.hidden_size), self.dtype, path)
+        with torch.no_grad(), self.stage(embeddings=True, device=device) as model:
+            place = _device_of(model)
+            for index, sample in enumerate(samples):
+                states[index] = model(input_ids=sample[0].to(place)).logits
+        return states
+
+    def logits(self, states: States, device: torch.device | None = None) -> Iterator[Tensor]:
+        """[tokens, vocabulary] of every sample, from what the last layer made, in the model's dtype."""
+        with torch.no_grad(), self.stage(head=True, device=device) as model:
+            place = _device_of(model)
+            for hidden in states:
+                yield model(inputs_embeds=hidden.to(place)).logits[0]
+
+    def _module(self, path: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            raise UsageError(f"{path}: is not in this model, as its architecture says it is") from None
+
+    def _filled(self, module: nn.Module, path: str) -> nn.Module:
+        """``module`` itself, or a copy with the folder's weights. A head that is tied has those of the embeddings."""
+        if self.weights is None:
+            return module
+        if path == self.architecture.head and f"{path}.weight" not in self.weights:
+            path = self.architecture.embeddings
+        return self.weights.fill(copy.deepcopy(module), path)
+
+
+def inputs_of(hidden: Tensor, sample: Sample) -> dict[str, Tensor]:
+    """What a stage's model is called with to run its layer on ``hidden``."""
+    return {"inputs_embeds": hidden} | ({"attention_mask": sample[1]} if len(sample) == 2 else {})
+
+
+def shell(checkpoint: Checkpoint) -> tuple[nn.Module, torch.dtype]:
+    """(the model that a folder's config.json describes, its parameters on the meta device; the dtype that the config says)."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    location: Location = checkpoint.location
+    library: Any = transformers
+    try:
+        config = library.AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model = library.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UnreadableError(
+            f"{location.folder}: transformers {transformers.__version__} cannot load it ({first.strip():.300})"
+        ) from error
+    said = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    said = getattr(torch, said, None) if isinstance(said, str) else said
+    if not isinstance(said, torch.dtype):
+        found = (checkpoint.tensors[name].dtype for name in checkpoint.plain_names)
+        said = next((dtype for name in found if (dtype := _DTYPES.get(name)) is not None), torch.float32)
+    return model.eval(), said
+
+
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, last = path.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
