@@ -23,22 +23,20 @@ import fnmatch
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from formats.errors import UnreadableError, UsageError
+from formats.errors import UsageError
 
 from .attention import AttentionObserver
 from .config import MIX_TYPES, QuantConfig
 from .devices import resolve
-from .fake import DigitSplitter, FakeQuantLinear, InputQuantizer
-from .kv_cache import CacheObserver
-from .layers import STATIC_TYPES, QuantizedLayer, check_linear, quantize_linear, with_inputs
-from .observers import CALM_RANGE, CalmRange, observer_for
+from .layers import STATIC_TYPES, QuantizedLayer, check_linear
+from .stage import Progress, Stage, rounded_to_nearest
 
 if TYPE_CHECKING:
     from convert.engine import Result
@@ -46,10 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["Calibrator"]
 
 DATA_FREE_TYPES = ("W8A16", "W4A16", "W8A8_DYNAMIC", "NF4", "W4A8_DYNAMIC")
-FEATURE_SAMPLES = 5
-
-Progress = Callable[[str, int, int], None]
-
 logger = logging.getLogger(__name__)
 
 
@@ -121,14 +115,19 @@ class Calibrator:
         if not getattr(self.model, "hf_device_map", None):
             self.model.to(device)
         self.model.eval()
-        self.range_parm = self._observe_ranges()
-        floats = self._disabled | (set() if self.cfg.is_lowbit else self._wild_names())
-        cache = self._observe_cache()
-        replaced = self._replace(floats, progress)
+        stage = Stage(self.model, self._linears, self.cfg)
+        self.layers = stage.layers
+        stage.observe_ranges(self.calib_data)
+        self.range_parm = stage.range_parm
+        floats = self._disabled | (set() if self.cfg.is_lowbit else wild_names(self.range_parm, self._disabled, self.level))
+        cache = stage.observe_cache(self.calib_data, self.cfg.kv_sym) if self.cfg.use_kvcache_quant else None
+        configs = {name: config for name in self._linears if name not in floats and (config := self._config_of(name)) is not None}
+        level = self.level if self.cfg.is_lowbit else 0
+        stage.round(rounded_to_nearest(self._linears, configs), configs, bool(self.calib_data), progress, keep_floats=bool(level))
         attention = AttentionObserver(self.model, self.cfg.disable_names or []) if self.cfg.use_fa_quant else None
         with attention.watching() if attention is not None else nullcontext():
-            self._calibrate(replaced, progress)
-        self._finish(replaced)
+            stage.calibrate(self.calib_data, progress, level)
+        stage.finish()
         if attention is not None:
             self.attention = attention.finish()
         if cache is not None:
@@ -136,15 +135,6 @@ class Calibrator:
         self.float_names = [name for name in self._linears if name not in self.layers]
         logger.info("linears that stay float: %s", ", ".join(self.float_names) or "none")
         self._linears.clear()  # the float weights are no longer needed
-
-    def _calibrate(self, replaced: dict[str, FakeQuantLinear], progress: Progress) -> None:
-        """Run the model, quantized so far, on every sample."""
-        for index, sample in enumerate(self.calib_data):
-            largest = _watch_inputs(replaced) if index == 0 and self.level and self.cfg.is_lowbit else None
-            _forward(self.model, sample)
-            if largest is not None:
-                self._restore_wildest(largest())
-            progress("samples", index + 1, len(self.calib_data))
 
     def save(
         self,
@@ -204,90 +194,14 @@ class Calibrator:
             if config is not None and config.model_quant_type in STATIC_TYPES:
                 raise UsageError(f"{name}: {config.model_quant_type} needs samples, and calib_data is empty")
 
-    def _observe_ranges(self) -> dict[str, float]:
-        """range_parm of every linear that the first samples reach, in the order in which the model calls them."""
-        seen: dict[str, CalmRange] = {}
 
-        def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda module, args: seen.setdefault(name, CalmRange()).update(args[0])
-
-        hooks = [linear.register_forward_pre_hook(watcher(name)) for name, linear in self._linears.items()]
-        try:
-            for sample in self.calib_data[:FEATURE_SAMPLES]:
-                _forward(self.model, sample)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return {name: ratio.range_parm() for name, ratio in seen.items()}
-
-    def _wild_names(self) -> set[str]:
-        """The ``disable_level`` linears of largest range_parm that are not float already."""
-        ranked = sorted(self.range_parm, key=self.range_parm.__getitem__, reverse=True)
-        wild = [name for name in ranked if name not in self._disabled][: self.level]
-        if self.level:
-            logger.info("Automatically disabled layer names are: %s", ", ".join(sorted(wild)))
-        return set(wild)
-
-    def _observe_cache(self) -> CacheObserver | None:
-        if not self.cfg.use_kvcache_quant:
-            return None
-        observer = CacheObserver(self.model, self.cfg.kv_sym)
-        try:
-            for sample in self.calib_data:
-                _forward(self.model, sample)
-        finally:
-            observer.remove()
-        return observer
-
-    def _replace(self, floats: set[str], progress: Progress) -> dict[str, FakeQuantLinear]:
-        """Put a fake-quantized linear in every other linear's place."""
-        replaced: dict[str, FakeQuantLinear] = {}
-        configs = {name: config for name in self._linears if name not in floats and (config := self._config_of(name)) is not None}
-        for name, config in configs.items():
-            linear = self._linears[name]
-            self.layers[name], weight = quantize_linear(name, linear, config)
-            logger.info("%s: %s, weight error %.3g", name, self.layers[name].kind, self.layers[name].weight_error)
-            replaced[name] = FakeQuantLinear(linear, weight, self._inputs(name, config))
-            _set_module(self.model, name, replaced[name])
-            if not (self.level and config.is_lowbit):
-                linear.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
-            progress("layers", len(replaced), len(configs))
-        return replaced
-
-    def _inputs(self, name: str, config: QuantConfig) -> Callable[[Tensor], Tensor] | None:
-        if config.a_bit > 8:
-            return DigitSplitter(config.w_bit) if config.do_msd else None
-        if not self.calib_data:
-            return InputQuantizer(name, config, None)
-        ratio = self.range_parm.get(name, 0.0)
-        histogram = config.act_method == 2 or (config.act_method == 3 and ratio <= CALM_RANGE)
-        logger.info("use %s observer:%s.quant_input, range_parm:%s", "histogram" if histogram else "min-max", name, ratio)
-        return InputQuantizer(name, config, observer_for(config.act_method, ratio))
-
-    def _restore_wildest(self, largest: dict[str, float]) -> None:
-        """Make the ``disable_level`` lowbit linears of largest inputs float again."""
-        wild = sorted(largest, key=largest.__getitem__, reverse=True)[: self.level]
-        for name in wild:
-            _set_module(self.model, name, self._linears[name])
-            del self.layers[name]
+def wild_names(range_parm: Mapping[str, float], disabled: Collection[str], level: int) -> set[str]:
+    """The ``level`` linears of largest range_parm that are not float already."""
+    ranked = sorted(range_parm, key=range_parm.__getitem__, reverse=True)
+    wild = [name for name in ranked if name not in disabled][:level]
+    if level:
         logger.info("Automatically disabled layer names are: %s", ", ".join(sorted(wild)))
-
-    def _finish(self, replaced: dict[str, FakeQuantLinear]) -> None:
-        """End calibration: fix input scales."""
-        for name, layer in list(self.layers.items()):
-            inputs = replaced[name].inputs
-            if not isinstance(inputs, InputQuantizer):
-                continue
-            inputs.calibrating = False
-            inputs.observer = None
-            if layer.kind not in STATIC_TYPES:
-                continue
-            if inputs.scale is None or inputs.offset is None:
-                raise UnreadableError(
-                    f"{name}: no calibration sample reached this layer (an expert without tokens?), so it has no input scale; add "
-                    "samples, or add the layer to disable_names"
-                )
-            self.layers[name] = with_inputs(layer, inputs.scale.cpu(), inputs.offset.cpu())
+    return set(wild)
 
 
 def _check_supported(cfg: QuantConfig) -> None:
@@ -342,41 +256,3 @@ def _declared_dtype(model: nn.Module) -> torch.dtype | None:
     if isinstance(declared, torch.dtype):
         return declared
     return next((parameter.dtype for parameter in model.parameters()), None)
-
-
-def _forward(model: nn.Module, sample: Any) -> None:
-    """Run ``model`` on one sample, wherever the sample's tensors are."""
-    device = next(model.parameters()).device
-
-    def there(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(sample, dict):
-        model(**{key: there(value) for key, value in sample.items()})
-    else:
-        model(*[there(value) for value in sample])
-
-
-def _watch_inputs(modules: dict[str, FakeQuantLinear]) -> Callable[[], dict[str, float]]:
-    """Watch the largest magnitude of each module's input; the result stops watching, and tells."""
-    largest = dict.fromkeys((name for name, module in modules.items()), 0.0)
-
-    def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            largest[name] = max(largest[name], float(args[0].abs().max()))
-
-        return watch
-
-    hooks = [module.register_forward_pre_hook(watcher(name)) for name, module in modules.items()]
-
-    def stop() -> dict[str, float]:
-        for hook in hooks:
-            hook.remove()
-        return largest
-
-    return stop
-
-
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
