@@ -41,6 +41,7 @@ from .smoothing import (
     power_scale,
     widest_of_group,
 )
+from .stage import forward
 
 __all__ = ["AntiOutlier"]
 
@@ -73,11 +74,14 @@ class AntiOutlier:
         *,
         architecture: Architecture | None = None,
         progress: Callable[[str], None] | None = None,
+        layer: int | None = None,
+        made: Callable[[int, Any], None] | None = None,
     ) -> None:
         """``calib_data``: samples, each ``[input_ids]`` or ``[input_ids, attention_mask]`` (``[1, tokens]``), or keyword arguments.
 
         ``norm_class_name``, as msModelSlim has it, is the class of the norms (any case). ``architecture`` is for models that no table
-        knows; ``progress`` is told each source's name as its turn comes.
+        knows; ``progress`` is told each source's name as its turn comes; ``layer``: only this decoder layer is in the model (``blocks``);
+        ``made`` is given what the float model makes of each sample.
 
         :raises UsageError: no calibration data, an unknown architecture, norm class or name in ``disable_anti_names``
         """
@@ -85,7 +89,7 @@ class AntiOutlier:
         self.calib_data = _checked_data(calib_data)
         self.architecture = architecture_of(getattr(model, "config", None)) if architecture is None else architecture
         self._modules = dict(model.named_modules())
-        self._progress = progress
+        self._progress, self._layer, self._made = progress, layer, made
         self._check_names()
         norm_class = self._norm_class(norm_class_name)
         wraps = self.cfg.anti_method != "m6"
@@ -108,7 +112,7 @@ class AntiOutlier:
             for subgraph in subgraphs:
                 if self._progress is not None:
                     self._progress(subgraph.source)
-                self._smooth(subgraph, statistics[subgraph.targets[0]])
+                self.scale(subgraph, *self._wanted(subgraph, statistics[subgraph.targets[0]]))
 
     def subgraphs(self) -> tuple[Subgraph, ...]:
         """The subgraphs that will be smoothed, in order, with whole names."""
@@ -118,6 +122,7 @@ class AntiOutlier:
             subgraph
             for subgraph in self.architecture.placed(self._layers())
             if subgraph.kind in kinds
+            and (self._layer is None or subgraph.targets[0].startswith(f"{self.architecture.layers}.{self._layer}."))
             and not any("expert" in name.lower() for name in subgraph.targets)
             and disabled.isdisjoint(subgraph.targets)
         )
@@ -160,8 +165,10 @@ class AntiOutlier:
         self.model.eval()
         hooks = [self._linear(name).register_forward_pre_hook(watch(name)) for name in names]
         try:
-            for sample in self.calib_data:
-                self._run(sample)
+            for index, sample in enumerate(self.calib_data):
+                output = self._run(sample)
+                if self._made is not None:
+                    self._made(index, output)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -170,13 +177,10 @@ class AntiOutlier:
                 raise UsageError(f"{name}: saw no token in calibration, and its input's range is needed: give data that reaches it")
         return {name: found[name].checked(name) for name in sorted(names)}
 
-    def _run(self, sample: Sample) -> None:
-        device = next(self.model.parameters()).device
+    def _run(self, sample: Sample) -> Any:
         if isinstance(sample, Mapping):
-            self.model(**{key: value.to(device) for key, value in sample.items()})
-        else:
-            arguments = {"input_ids": sample[0]} | ({"attention_mask": sample[1]} if len(sample) == 2 else {})
-            self.model(**{key: value.to(device) for key, value in arguments.items()})
+            return forward(self.model, dict(sample))
+        return forward(self.model, {"input_ids": sample[0]} | ({"attention_mask": sample[1]} if len(sample) == 2 else {}))
 
     # -- smoothing
 
@@ -186,23 +190,43 @@ class AntiOutlier:
             raise UsageError(f"{name}: is no linear in this model, as its architecture says it is; pass architecture=Architecture(...)")
         return module
 
-    def _smooth(self, subgraph: Subgraph, statistics: ActivationStatistics) -> None:
-        """Scale one subgraph: everything is worked out and checked before the first parameter changes."""
+    def _wanted(self, subgraph: Subgraph, statistics: ActivationStatistics) -> tuple[Tensor, Tensor | None]:
+        """(the scale of the source's rows, the shift of a norm's output or None) by the method."""
+        targets = self._finite_targets(subgraph)
+        if subgraph.kind == "norm":
+            self._norm(subgraph)
+            shift = statistics.shift if self.cfg.anti_method == "m4" and self.architecture.m4_shift else None
+            return self._scale(subgraph, statistics, targets), shift
+        head_dim = self._head_dim(subgraph, targets[0])
+        return self._linear_scale(subgraph, statistics, targets, self._value_rows(subgraph, head_dim).numel() // head_dim, head_dim), None
+
+    def _finite_targets(self, subgraph: Subgraph) -> list[nn.Linear]:
         targets = [self._linear(name) for name in subgraph.targets]
         for name, target in zip(subgraph.targets, targets, strict=True):
             if not bool(torch.isfinite(target.weight).all()):
                 raise UnreadableError(f"{name}: the weight holds NaN or an infinity, and finite values were wanted; get a sound checkpoint")
-        shift = None
+        return targets
+
+    def _value_rows(self, subgraph: Subgraph, head_dim: int) -> Tensor:
+        """The rows of a source linear that the target reads."""
+        return value_rows(
+            subgraph.rows, self._linear(subgraph.source).out_features, self._linear(subgraph.targets[0]).in_features, head_dim
+        )
+
+    def scale(self, subgraph: Subgraph, scale: Tensor, shift: Tensor | None = None) -> None:
+        """Divide the source's rows by ``scale`` ([C], or one for each row that the targets read) and multiply the targets' columns.
+
+        To be called without gradients. Everything is worked out and checked before the first parameter changes.
+
+        :raises RefusedError: the model's dtype cannot hold the scale, or a weight after scaling
+        """
+        targets = self._finite_targets(subgraph)
         if subgraph.kind == "norm":
-            source = self._norm(subgraph)
+            source, columns = self._norm(subgraph), scale
             rows = torch.arange(source.weight.numel())
-            scale = columns = self._scale(subgraph, statistics, targets)
-            shift = statistics.shift if self.cfg.anti_method == "m4" and self.architecture.m4_shift else None
         else:
-            source = self._linear(subgraph.source)
-            head_dim = self._head_dim(subgraph, targets[0])
-            rows = value_rows(subgraph.rows, source.out_features, targets[0].in_features, head_dim)
-            scale = self._linear_scale(subgraph, statistics, targets, rows.numel() // head_dim, head_dim)
+            source, head_dim = self._linear(subgraph.source), self._head_dim(subgraph, targets[0])
+            rows = self._value_rows(subgraph, head_dim)
             group = targets[0].in_features // rows.numel()
             columns = scale.reshape(-1, 1, head_dim).expand(-1, group, -1).reshape(-1)
         _check_scale(subgraph, scale)

@@ -303,7 +303,8 @@ def test_grouped_heads_m4_means_and_m6_maxima() -> None:
             layer.v.weight.fill_(1)
             layer.o.weight.copy_(ones)
             anti = AntiOutlier(model, samples(), AntiOutlierConfig(anti_method=method, flex_config=flex), architecture=row)
-            anti._smooth(next(row.placed(1)), group)
+            subgraph = next(row.placed(1))
+            anti.scale(subgraph, *anti._wanted(subgraph, group))
         assert layer.v.weight[:, 0].tolist() == pytest.approx([1 / scale for scale in wanted])
         assert layer.o.weight[0].tolist() == pytest.approx(wanted * 2)
     assert widest_of_group(torch.tensor([1.0, 2, 3, 10, 5, 6, 0, 7]), 2, 2).tolist() == [3, 10, 5, 7]
