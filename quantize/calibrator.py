@@ -19,7 +19,6 @@ in files; the tool goes on rounding them (W4A8) or their inputs (per group), and
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import os
 import re
@@ -175,11 +174,8 @@ class Calibrator:
         return disabled
 
     def _config_of(self, name: str) -> QuantConfig | None:
-        """The config of linear ``name``; None for a float one. An exact name in ``mix_cfg`` comes before patterns."""
-        chosen = self.mix_cfg.get(name)
-        if chosen is None:
-            chosen = next((kind for rule, kind in self.mix_cfg.items() if fnmatch.fnmatchcase(name, rule)), None)
-        config = self.cfg if chosen is None else self.cfg.for_layer(chosen)
+        """The config of linear ``name``; None for a float one."""
+        config = self.cfg.of_linear(name, self.mix_cfg)
         return None if config.model_quant_type == "FLOAT" else config
 
     def _check_data_free(self) -> None:

@@ -14,8 +14,9 @@ Quirks of msModelSlim that are kept, because scripts depend on them:
 from __future__ import annotations
 
 import copy
+import fnmatch
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,6 +222,11 @@ class QuantConfig:
             )
         except UsageError as error:
             raise UsageError(f"mix_cfg: this config cannot have {mix_type} layers: {error}") from error
+
+    def of_linear(self, name: str, mix_cfg: Mapping[str, str]) -> QuantConfig:
+        """The config of linear ``name``: what ``mix_cfg`` says of it by name, else by the first of its patterns that matches."""
+        kind = mix_cfg.get(name) or next((kind for rule, kind in mix_cfg.items() if fnmatch.fnmatchcase(name, rule)), None)
+        return self if kind is None else self.for_layer(kind)
 
     def _changed(self, **fields: Any) -> QuantConfig:
         """Set fields and settle them; on an error nothing is changed."""

@@ -8,11 +8,10 @@ What can be said without the model is said before it is loaded.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,12 +239,6 @@ def _base(model_dir: str | os.PathLike[str]) -> Location:
     return base
 
 
-def _kind(name: str, config: QuantConfig, mix_cfg: Mapping[str, str]) -> QuantConfig:
-    """How ``Calibrator`` quantizes the linear ``name``: as ``mix_cfg`` says by name, else by its first pattern that matches."""
-    found = mix_cfg.get(name) or next((kind for rule, kind in mix_cfg.items() if fnmatch.fnmatchcase(name, rule)), None)
-    return config if found is None else config.for_layer(found)
-
-
 def _trial(model: Any, recipe: Recipe, device: str) -> Checkpoint:
     """What calibration would make of one linear of each shape and kind, in memory: enough to ask the target before hours of work."""
     main = recipe.quant_config(device)
@@ -253,7 +246,7 @@ def _trial(model: Any, recipe: Recipe, device: str) -> Checkpoint:
     left = {*(main.disable_names or ()), *(list(linears)[-1:] if main.disable_last_linear else ())}
     chosen: dict[tuple[object, ...], tuple[str, QuantConfig]] = {}
     for name, linear in linears.items():
-        config = _kind(name, main, recipe.mix_cfg)
+        config = main.of_linear(name, recipe.mix_cfg)
         if name not in left and config.model_quant_type != "FLOAT":
             chosen.setdefault((config.model_quant_type, *linear.weight.shape), (name, config))
     layers, state = {}, {}

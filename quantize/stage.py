@@ -30,6 +30,9 @@ FEATURE_SAMPLES = 5
 Progress = Callable[[str, int, int], None]
 """Called as (what, done, of)."""
 
+Made = Callable[[int, Any], None]
+"""Given (a sample's number, what the model made of it)."""
+
 Rounded = Iterable[tuple[QuantizedLayer, Tensor]]
 """Quantized linears, one after the other, each with its dequantized weight [out, in]."""
 
@@ -49,7 +52,7 @@ class Stage:
         self.range_parm: dict[str, float] = {}
         self._replaced: dict[str, FakeQuantLinear] = {}
 
-    def observe_ranges(self, samples: Sequence[Any]) -> None:
+    def observe_ranges(self, samples: Sequence[Any], made: Made | None = None) -> None:
         """range_parm of every linear that the first samples reach, in the order in which the model calls them."""
         seen: dict[str, CalmRange] = {}
 
@@ -58,19 +61,17 @@ class Stage:
 
         hooks = [linear.register_forward_pre_hook(watcher(name)) for name, linear in self.linears.items()]
         try:
-            for sample in samples[:FEATURE_SAMPLES]:
-                forward(self.model, sample)
+            _run(self.model, samples[:FEATURE_SAMPLES], made)
         finally:
             for hook in hooks:
                 hook.remove()
         self.range_parm = {name: ratio.range_parm() for name, ratio in seen.items()}
 
-    def observe_cache(self, samples: Sequence[Any], symmetric: bool) -> CacheObserver:
+    def observe_cache(self, samples: Sequence[Any], symmetric: bool, made: Made | None = None) -> CacheObserver:
         """Keys and values of the model as it is now."""
         observer = CacheObserver(self.model, symmetric)
         try:
-            for sample in samples:
-                forward(self.model, sample)
+            _run(self.model, samples, made)
         finally:
             observer.remove()
         return observer
@@ -104,7 +105,7 @@ class Stage:
         logger.info("use %s observer:%s.quant_input, range_parm:%s", "histogram" if histogram else "min-max", name, ratio)
         return InputQuantizer(name, config, observer_for(config.act_method, ratio))
 
-    def calibrate(self, samples: Sequence[Any], progress: Progress, level: int = 0, made: Callable[[int, Any], None] | None = None) -> None:
+    def calibrate(self, samples: Sequence[Any], progress: Progress, level: int = 0, made: Made | None = None) -> None:
         """Run the model, quantized so far, on every sample.
 
         level   so many linears become float again after the first sample, those of the largest inputs; made: is given every output
@@ -148,6 +149,13 @@ def rounded_to_nearest(linears: Mapping[str, nn.Linear], configs: Mapping[str, Q
     """Every linear of ``configs`` by its config's own arithmetic, from its weight alone."""
     for name, config in configs.items():
         yield quantize_linear(name, linears[name], config)
+
+
+def _run(model: nn.Module, samples: Sequence[Any], made: Made | None) -> None:
+    for index, sample in enumerate(samples):
+        output = forward(model, sample)
+        if made is not None:
+            made(index, output)
 
 
 def forward(model: nn.Module, sample: Any) -> Any:

@@ -1,0 +1,277 @@
+"""Quantizing a model one decoder layer at a time, each on what the layers before it make once they are quantized.
+
+Numbers are those of ``Calibrator`` on the whole model, bit for bit, because a layer sees the samples in the same order. Up to three
+streams of hidden states go from layer to layer:
+
+float       the model as it was: AntiOutlier's statistics
+smoothed    after AntiOutlier, in float: range_parm (the first samples only) and the KV cache's scales (all of them)
+quantized   weights and static activations rounded: input scales, GPTQ, AWQ
+
+``disable_level`` compares the layers of the whole model, so it costs a pass of its own, with the first samples. What it cannot do layer
+by layer is in ``whole_model_only``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from formats.errors import UnreadableError, UsageError
+
+from .anti_outlier import AntiOutlier
+from .attention import AttentionObserver
+from .blocks import Blocks, Sample, States, inputs_of
+from .calibrator import wild_names
+from .config import AntiOutlierConfig, QuantConfig
+from .devices import resolve
+from .layers import STATIC_TYPES, QuantizedLayer
+from .stage import FEATURE_SAMPLES, Progress, Stage, rounded_to_nearest
+
+__all__ = ["Job", "LayerRun", "MadeLayer", "whole_model_only"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done with every decoder layer.
+
+    config          how linears are quantized; mix_cfg: other types, by name or pattern, as ``Calibrator`` has it
+    anti_outlier    how their inputs are smoothed first, or None
+    disable_level   so many linears of largest range_parm stay float
+    """
+
+    config: QuantConfig
+    mix_cfg: Mapping[str, str] = field(default_factory=dict)
+    anti_outlier: AntiOutlierConfig | None = None
+    disable_level: int = 0
+
+    def config_of(self, name: str) -> QuantConfig | None:
+        """The config of linear ``name``; None for a float one."""
+        config = self.config.of_linear(name, self.mix_cfg)
+        return None if config.model_quant_type == "FLOAT" else config
+
+
+def whole_model_only(job: Job) -> str | None:
+    """Why this needs the whole model in memory, or None."""
+    if job.config.is_lowbit and job.disable_level:
+        return "is_lowbit with disable_level chooses float layers while the whole model runs on the first sample"
+    if not job.config.disable_last_linear:
+        return "disable_last_linear=False quantizes a linear outside the decoder layers"
+    return None
+
+
+@dataclass(frozen=True)
+class MadeLayer:
+    """One decoder layer, quantized; its modules are in ``model``, which is good until the next one is begun.
+
+    The fields are what ``saving.tensors_of`` asks of a calibrator: ``layers``, ``kv_cache``, ``attention`` by name.
+    """
+
+    index: int
+    model: nn.Module
+    cfg: QuantConfig
+    layers: dict[str, QuantizedLayer]
+    float_names: list[str]
+    range_parm: dict[str, float]
+    kv_cache: dict[str, Tensor]
+    attention: dict[str, Tensor]
+    torch_dtype: torch.dtype | None
+    smoothed: tuple[str, ...] = ()
+
+
+class _Stream:
+    """Hidden states on their way through the layers: ``inputs`` of the layer at hand, and what is made of them.
+
+    place   a folder for files, one for each boundary between layers, so that a killed run finds those it needs; None: in memory
+    """
+
+    def __init__(self, name: str, samples: Sequence[Sample], blocks: Blocks, place: Path | None) -> None:
+        self.name, self.samples, self._blocks, self._place = name, samples, blocks, place
+        self._now: States | None = None
+        self._next: States | None = None
+
+    def _path(self, index: int) -> Path | None:
+        return None if self._place is None else self._place / f"{self.name}-{index:05d}.states"
+
+    def _open(self, index: int, new: bool = True) -> States:
+        path = self._path(index)
+        if path is not None and not new and not path.is_file():
+            raise UnreadableError(f"{path}: the hidden states of an interrupted run have gone; remove its work with `weighbridge clean`")
+        lengths = [int(sample[0].shape[1]) for sample in self.samples]
+        return States(lengths, int(self._blocks.config.hidden_size), self._blocks.dtype, path)
+
+    def begin(self, states: States) -> None:
+        """Take what the embeddings made."""
+        self._now = self._open(0)
+        for index in range(len(self.samples)):
+            self._now[index] = states[index]
+        self._now.sync()
+
+    def at(self, index: int) -> None:
+        """Stand before layer ``index``."""
+        if self._now is None:
+            self._now = self._open(index, new=False)
+        self._next = self._now if self._place is None else self._open(index + 1)
+
+    @property
+    def inputs(self) -> list[dict[str, Tensor]]:
+        """What the stage's model is called with, sample by sample."""
+        assert self._now is not None
+        return [inputs_of(hidden, sample) for hidden, sample in zip(self._now, self.samples, strict=True)]
+
+    def made(self, index: int, output: Any) -> None:
+        """The layer made this of sample ``index``."""
+        assert self._next is not None
+        self._next[index] = output.logits.detach()
+
+    def sync(self) -> None:
+        if self._next is not None:
+            self._next.sync()
+
+    def advance(self, index: int) -> None:
+        """Leave layer ``index``, whose work is safe: its inputs are not needed any more."""
+        path, self._now = self._path(index), self._next
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+
+class LayerRun:
+    """Quantizes ``blocks`` layer by layer: ``for made in LayerRun(...).layers(): ...``.
+
+    samples    calibration data, [input_ids] or [input_ids, attention_mask] each; none: data-free
+    disabled   linears that stay float whatever their range
+    place      a folder for hidden states, or None to keep them in memory
+    """
+
+    def __init__(
+        self, blocks: Blocks, job: Job, samples: Sequence[Sample], disabled: frozenset[str] = frozenset(), place: Path | None = None
+    ) -> None:
+        if why := whole_model_only(job):
+            raise UsageError(f"one layer at a time: {why}")
+        self.blocks, self.job, self.samples, self.disabled, self.place = blocks, job, list(samples), disabled, place
+        self.device = resolve(job.config.dev_type, job.config.dev_id)
+        first, cache = self.samples[:FEATURE_SAMPLES], job.config.use_kvcache_quant
+        self._streams = {"smoothed": self._stream("smoothed", self.samples if cache else first)}
+        if job.anti_outlier is not None:
+            self._streams["float"] = self._stream("float", self.samples)
+        if self._has_static() or job.config.use_fa_quant:
+            self._streams["quantized"] = self._stream("quantized", self.samples)
+
+    def _stream(self, name: str, samples: Sequence[Sample]) -> _Stream:
+        return _Stream(name, samples, self.blocks, self.place)
+
+    def _has_static(self) -> bool:
+        return any((config := self.job.config_of(name)) is not None and config.model_quant_type in STATIC_TYPES for name in self.linears)
+
+    @property
+    def linears(self) -> list[str]:
+        """Names of all linears in decoder layers."""
+        return [name for name in self.blocks.linears if name.startswith(f"{self.blocks.architecture.layers}.")]
+
+    def begin(self) -> None:
+        """Embed the samples; to be left out where an earlier run's states are there."""
+        states = self.blocks.begin(self.samples, device=self.device)
+        for stream in self._streams.values():
+            stream.begin(states)
+
+    def wildest(self, progress: Progress) -> set[str]:
+        """The ``disable_level`` linears of largest range_parm, found in a pass of its own. Nothing of the model is changed."""
+        run = LayerRun(self.blocks, replace(self.job, disable_level=0), self.samples, self.disabled)
+        kept = {"smoothed": run._stream("smoothed", self.samples[:FEATURE_SAMPLES])} | {
+            name: stream for name, stream in run._streams.items() if name == "float"
+        }
+        run._streams = kept
+        run.begin()
+        ranges: dict[str, float] = {}
+        with torch.no_grad():
+            for index in range(len(self.blocks)):
+                with self.blocks.stage(index, device=self.device) as model:
+                    run._at(index)
+                    run._smooth(model, index)
+                    ranges |= run._observed(model).range_parm
+                run._advance(index)
+                progress("ranges", index + 1, len(self.blocks))
+        return wild_names(ranges, self.disabled, self.job.disable_level)
+
+    def layers(self, first: int = 0, floats: frozenset[str] = frozenset(), progress: Progress | None = None) -> Iterator[MadeLayer]:
+        """Layers from ``first`` on, quantized but for ``floats``. To be kept, each is used before the next is asked for."""
+        tell = progress or (lambda what, done, of: None)
+        for index in range(first, len(self.blocks)):
+            with torch.no_grad(), self.blocks.stage(index, device=self.device) as model:
+                self._at(index)
+                yield self._made(model, index, floats, tell)
+            self._advance(index)
+
+    def sync(self) -> None:
+        """Bring what the layer at hand made to the disk."""
+        for stream in self._streams.values():
+            stream.sync()
+
+    def _at(self, index: int) -> None:
+        for stream in self._streams.values():
+            stream.at(index)
+
+    def _advance(self, index: int) -> None:
+        for stream in self._streams.values():
+            stream.advance(index)
+
+    def _smooth(self, model: nn.Module, index: int) -> tuple[str, ...]:
+        """Smooth the layer's subgraphs; their sources."""
+        config = self.job.anti_outlier
+        if config is None:
+            return ()
+        stream, prefix = self._streams["float"], f"{self.blocks.names[index]}."
+        here = None if config.disable_anti_names is None else [name for name in config.disable_anti_names if name.startswith(prefix)]
+        smoother = AntiOutlier(
+            model,
+            stream.inputs,
+            replace(config, disable_anti_names=here),
+            architecture=self.blocks.architecture,
+            layer=index,
+            made=stream.made,
+        )
+        smoother.process()
+        return tuple(subgraph.source for subgraph in smoother.subgraphs())
+
+    def _observed(self, model: nn.Module) -> Stage:
+        """The layer's linears with their range_parm."""
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        stage, stream = Stage(model, linears, self.job.config), self._streams["smoothed"]
+        stage.observe_ranges(stream.inputs, None if self.job.config.use_kvcache_quant else stream.made)
+        return stage
+
+    def _made(self, model: nn.Module, index: int, floats: frozenset[str], progress: Progress) -> MadeLayer:
+        config, samples = self.job.config, self.samples
+        smoothed = self._smooth(model, index)
+        stage, cache = self._observed(model), None
+        if config.use_kvcache_quant:
+            stream = self._streams["smoothed"]
+            cache = stage.observe_cache(stream.inputs, config.kv_sym, stream.made)
+        left = self.disabled | floats
+        configs = {name: found for name in stage.linears if name not in left and (found := self.job.config_of(name)) is not None}
+        stage.round(rounded_to_nearest(stage.linears, configs), configs, bool(samples), lambda what, done, of: None)
+        attention = AttentionObserver(model, config.disable_names or []) if config.use_fa_quant else None
+        with attention.watching() if attention is not None else nullcontext():
+            if (quantized := self._streams.get("quantized")) is not None:
+                stage.calibrate(quantized.inputs, progress, made=quantized.made)
+        stage.finish()
+        return MadeLayer(
+            index,
+            model,
+            config,
+            stage.layers,
+            [name for name in stage.linears if name not in stage.layers],
+            stage.range_parm,
+            {} if cache is None else cache.finish(),
+            {} if attention is None else attention.finish(),
+            self.blocks.dtype,
+            smoothed,
+        )
