@@ -24,6 +24,7 @@ def quantize(
     plot: str | None = typer.Option(None, "--plot", metavar="FILE", help="Draw range_parm and weight error by layer: .png or .svg."),
     max_shard_size: str = SHARD,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder once the new one is whole."),
+    resume: bool = typer.Option(False, "--resume", help="Fail if no interrupted run left its work; one that did is gone on with anyway."),
     json: bool = JSON,
 ) -> None:
     """Quantize a float model by a recipe, and write it in any format. What needs no data is streamed, without torch."""
@@ -57,6 +58,7 @@ def quantize(
             calib,
             samples,
             overwrite=overwrite,
+            resume=resume,
             plot=plot,
             max_shard_size=parse_size(max_shard_size),
             progress=progress,

@@ -92,6 +92,7 @@ class Journal:
 
     def entry(self, number: int, verdicts: list[Any]) -> None:
         """An entry is written and proved; ``verdicts`` is JSON-ready."""
+        self._worked = True
         self._append(b"E" + _ENTRY.pack(number) + json.dumps(verdicts).encode())
 
     def verdicts(self, number: int) -> list[Any] | None:

@@ -127,12 +127,34 @@ def staging(destination: Path, size: int, sources: Sequence[Path], overwrite: bo
         stage = Staging(target)
     except OSError as error:
         raise DestinationError(f"{target.parent}: cannot be written ({error.strerror or error}); choose another destination") from None
-    try:
+    with _guarded(stage):
         yield stage
         _make_durable(stage)
         _rename(stage, target)
+
+
+@contextlib.contextmanager
+def workshop(destination: Path, purpose: str) -> Iterator[Staging]:
+    """A folder beside ``destination`` for work that comes before it is written; kept where that was interrupted, else removed.
+
+    raises    DestinationError: it cannot be written, or another run works in it
+    """
+    target = Path(os.path.abspath(destination))
+    try:
+        stage = Staging(target.with_name(f"{target.name}.{purpose}"))
+    except OSError as error:
+        raise DestinationError(f"{target.parent}: cannot be written ({error.strerror or error}); choose another destination") from None
+    with _guarded(stage):
+        yield stage
+
+
+@contextlib.contextmanager
+def _guarded(stage: Staging) -> Iterator[None]:
+    """Keep what the block did for the same command to finish, if it failed for a reason that is not of the weights; else remove it."""
+    try:
+        yield
         stage.remove()
-    except (OSError, ReadFailedError, KeyboardInterrupt) as error:  # not of the weights: the same command can finish it
+    except (OSError, ReadFailedError, KeyboardInterrupt) as error:  # the same command can finish it
         stage.keep = stage.journal.holds_work and stage.model.is_dir()
         if isinstance(error, OSError):
             raise DestinationError(_sentence(error, stage)) from None

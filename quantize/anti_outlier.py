@@ -91,9 +91,8 @@ class AntiOutlier:
         self._modules = dict(model.named_modules())
         self._progress, self._layer, self._made = progress, layer, made
         self._check_names()
-        norm_class = self._norm_class(norm_class_name)
-        wraps = self.cfg.anti_method != "m6"
-        self.wrapped_norms = tuple(name for name, module in self._modules.items() if wraps and _class_name(module) == norm_class)
+        self._check_norm_class(norm_class_name)
+        self.wrapped_norms = () if self.cfg.anti_method == "m6" else norms_of(model, norm_class_name)
         self.model = model.to(resolve(self.cfg.dev_type, self.cfg.dev_id))
         self.scales: dict[str, Tensor] = {}
         self.shifts: dict[str, Tensor] = {}
@@ -140,13 +139,11 @@ class AntiOutlier:
             if not isinstance(self._modules.get(name), (nn.Linear, nn.Conv2d)):
                 raise UsageError(f"disable_anti_names: {name!r} is no linear of this model; give whole names, as in named_modules()")
 
-    def _norm_class(self, wanted: str | None) -> str:
+    def _check_norm_class(self, wanted: str | None) -> None:
         if wanted is not None and not isinstance(wanted, str):
             raise UsageError(f"norm_class_name: {wanted!r} is not the name of a class")
-        classes = [_class_name(module) for module in self._modules.values()]
-        if wanted is not None and wanted.lower() not in classes:
+        if wanted is not None and not any(_class_name(module) == wanted.lower() for module in self._modules.values()):
             raise UsageError(f"norm_class_name: no module of this model is a {wanted}; leave it out to use the model's own")
-        return next((name for name in classes if "norm" in name), "") if wanted is None else wanted.lower()
 
     # -- statistics
 
@@ -333,6 +330,13 @@ def value_rows(rows: Rows, out_features: int, in_features: int, head_dim: int) -
     if chosen.numel() == 0 or in_features % chosen.numel() or chosen.numel() % head_dim:
         raise UsageError(f"a source with {chosen.numel()} rows of values cannot feed a linear of {in_features} channels")
     return chosen
+
+
+def norms_of(model: nn.Module, norm_class: str | None = None) -> tuple[str, ...]:
+    """Names of the model's norms: modules of that class, by default of the first class that is called a norm."""
+    classes = {name: _class_name(module) for name, module in model.named_modules()}
+    wanted = next((name for name in classes.values() if "norm" in name), "") if norm_class is None else norm_class.lower()
+    return tuple(name for name, found in classes.items() if found == wanted)
 
 
 def _class_name(module: nn.Module) -> str:

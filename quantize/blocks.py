@@ -33,6 +33,9 @@ from .architectures import Architecture, architecture_of
 
 __all__ = ["Blocks", "Sample", "States", "Weights", "to_torch"]
 
+FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+"""safetensors' names of the dtypes of float weights."""
+
 Sample = Sequence[Tensor]
 """[input_ids] or [input_ids, attention_mask], each [1, tokens]."""
 
@@ -102,7 +105,7 @@ class _OneLayer(nn.ModuleList):
         return self.count
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._modules.values())  # type: ignore[arg-type]
+        return iter(self._modules.values())
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -226,6 +229,10 @@ class Blocks:
             for hidden in states:
                 yield model(inputs_embeds=hidden.to(place)).logits[0]
 
+    def part(self, path: str) -> nn.Module:
+        """One module outside of the layers, with its weights."""
+        return self._filled(self._module(path), path)
+
     def _module(self, path: str) -> nn.Module:
         try:
             return self.model.get_submodule(path)
@@ -268,11 +275,8 @@ def shell(checkpoint: Checkpoint) -> tuple[nn.Module, torch.dtype]:
     said = getattr(torch, said, None) if isinstance(said, str) else said
     if not isinstance(said, torch.dtype):
         found = (checkpoint.tensors[name].dtype for name in checkpoint.plain_names)
-        said = next((dtype for name in found if (dtype := _DTYPES.get(name)) is not None), torch.float32)
+        said = next((dtype for name in found if (dtype := FLOAT_DTYPES.get(name)) is not None), torch.float32)
     return model.eval(), said
-
-
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from formats.errors import UnreadableError, UsageError
 from .config import QuantConfig
 from .rounding import RoundedWeight, round_groups, round_lowbit, round_outliers, round_plain, round_sparse, round_two_stages
 
-__all__ = ["STATIC_TYPES", "QuantizedLayer", "check_linear", "quantize_linear", "with_inputs"]
+__all__ = ["STATIC_TYPES", "QuantizedLayer", "check_groups", "check_linear", "quantize_linear", "with_inputs"]
 
 STATIC_TYPES = ("W8A8", "W8A8S")
 """Types whose activations have stored scales."""
@@ -65,9 +65,14 @@ def check_linear(name: str, linear: nn.Linear, config: QuantConfig) -> None:
         raise UnreadableError(f"{name}: its weight is not in memory (device meta); load the model without offloading")
     if not torch.isfinite(linear.weight).all():
         raise UnreadableError(f"{name}: its weight has NaN or infinite values")
-    if config.is_per_group and linear.in_features % config.group_size:
+    check_groups(name, linear.in_features, config)
+
+
+def check_groups(name: str, inputs: int, config: QuantConfig) -> None:
+    """UsageError if groups do not divide a linear's ``inputs``."""
+    if config.is_per_group and inputs % config.group_size:
         raise UsageError(
-            f"{name}: {linear.in_features} inputs are not whole groups of {config.group_size}; choose another group_size, or "
+            f"{name}: {inputs} inputs are not whole groups of {config.group_size}; choose another group_size, or "
             "add the layer to disable_names"
         )
 

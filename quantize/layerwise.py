@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from formats.errors import UnreadableError, UsageError
 
-from .anti_outlier import AntiOutlier
+from .anti_outlier import WRAPPED_NORMS, AntiOutlier, norms_of
 from .attention import AttentionObserver
 from .blocks import Blocks, Sample, States, inputs_of
 from .calibrator import wild_names
@@ -63,6 +64,8 @@ def whole_model_only(job: Job) -> str | None:
     """Why this needs the whole model in memory, or None."""
     if job.config.is_lowbit and job.disable_level:
         return "is_lowbit with disable_level chooses float layers while the whole model runs on the first sample"
+    if job.config.pr < 1:
+        return "pr below 1 draws random numbers in the order of the whole model"
     if not job.config.disable_last_linear:
         return "disable_last_linear=False quantizes a linear outside the decoder layers"
     return None
@@ -176,6 +179,21 @@ class LayerRun:
         """Names of all linears in decoder layers."""
         return [name for name in self.blocks.linears if name.startswith(f"{self.blocks.architecture.layers}.")]
 
+    def to_quantize(self, floats: frozenset[str] = frozenset()) -> list[str]:
+        """Names of the linears that will be quantized."""
+        left = self.disabled | floats
+        return [name for name in self.linears if name not in left and self.job.config_of(name) is not None]
+
+    def outside(self) -> Any:
+        """What stands for the model outside of its layers (``saving.norm_tensors``): norms there that AntiOutlier would have wrapped."""
+        wraps = self.job.anti_outlier is not None and self.job.anti_outlier.anti_method != "m6"
+        names = (
+            [name for name in norms_of(self.blocks.model) if not name.startswith(f"{self.blocks.architecture.layers}.")] if wraps else []
+        )
+        parts = {name: self.blocks.part(name) for name in names}
+        model = SimpleNamespace(config=self.blocks.config, get_submodule=parts.__getitem__, **{WRAPPED_NORMS: tuple(names)})
+        return SimpleNamespace(model=model, cfg=self.job.config)
+
     def begin(self) -> None:
         """Embed the samples; to be left out where an earlier run's states are there."""
         states = self.blocks.begin(self.samples, device=self.device)
@@ -196,7 +214,7 @@ class LayerRun:
                 with self.blocks.stage(index, device=self.device) as model:
                     run._at(index)
                     run._smooth(model, index)
-                    ranges |= run._observed(model).range_parm
+                    ranges |= run._observed(model, advance=True).range_parm
                 run._advance(index)
                 progress("ranges", index + 1, len(self.blocks))
         return wild_names(ranges, self.disabled, self.job.disable_level)
@@ -241,17 +259,17 @@ class LayerRun:
         smoother.process()
         return tuple(subgraph.source for subgraph in smoother.subgraphs())
 
-    def _observed(self, model: nn.Module) -> Stage:
-        """The layer's linears with their range_parm."""
+    def _observed(self, model: nn.Module, advance: bool) -> Stage:
+        """The layer's linears with their range_parm; advance: this is the last pass of its stream."""
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         stage, stream = Stage(model, linears, self.job.config), self._streams["smoothed"]
-        stage.observe_ranges(stream.inputs, None if self.job.config.use_kvcache_quant else stream.made)
+        stage.observe_ranges(stream.inputs, stream.made if advance else None)
         return stage
 
     def _made(self, model: nn.Module, index: int, floats: frozenset[str], progress: Progress) -> MadeLayer:
         config, samples = self.job.config, self.samples
         smoothed = self._smooth(model, index)
-        stage, cache = self._observed(model), None
+        stage, cache = self._observed(model, advance=not config.use_kvcache_quant), None
         if config.use_kvcache_quant:
             stream = self._streams["smoothed"]
             cache = stage.observe_cache(stream.inputs, config.kv_sym, stream.made)

@@ -1,25 +1,21 @@
 """Quantize a model's folder into another folder that loads as it is: the whole way, by a recipe.
 
-The model is loaded by transformers without running code of the folder, smoothed and calibrated in memory, and written by the
-conversion engine: planned, proved and certified like any conversion, with config and tokenizer of the float model beside the weights.
-What can be said without the model is said before it is loaded.
+The model is taken one decoder layer at a time where that can be done (``ways``), without running code of the folder: smoothed,
+calibrated, rounded, and written by the conversion engine: planned, proved and certified like any conversion, with config and tokenizer
+of the float model beside the weights. What can be said without the weights is said before they are read. A run that was interrupted is
+finished by the same call.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
-import transformers
-import xxhash
 from torch import nn
 
 from convert.engine import Result
@@ -27,21 +23,21 @@ from convert.engine import run as write
 from convert.options import Settings
 from convert.planning import Planner
 from convert.records import Plan
-from formats import find_target
-from formats.checkpoint import Checkpoint, Location
+from formats import find_target, open_checkpoint
+from formats.checkpoint import Location
 from formats.errors import DestinationError, RefusedError, UnreadableError, UsageError
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
 from formats.spec import FormatSpec, Variant
 
-from .anti_outlier import AntiOutlier
+from .blocks import shell
 from .calibration import Sample, calibration_data, repeats
-from .calibrator import Calibrator
 from .config import QuantConfig
 from .devices import resolve
-from .layers import STATIC_TYPES, check_linear, quantize_linear, with_inputs
+from .models import load_model, load_tokenizer
 from .progress import LayerFigures, Report
 from .recipe import Recipe, load
-from .saving import checkpoint_of, tensors_of
+from .trial import chosen_linears, trial
+from .ways import Outcome, Request, in_memory, layer_by_layer, why_in_memory
 
 __all__ = ["Quantized", "load_model", "load_tokenizer", "quantize_model"]
 
@@ -51,7 +47,7 @@ class Quantized:
     """What ``quantize_model`` did: the conversion's ``written`` result, figures of every quantized linear, what stayed float.
 
     smoothed   sources whose scale AntiOutlier moved into the linears after them
-    seconds    by step
+    seconds    by step; resumed_layers: decoder layers that an interrupted run had finished
     """
 
     recipe: Recipe
@@ -62,6 +58,7 @@ class Quantized:
     smoothed: int = 0
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    resumed_layers: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """What ``weighbridge quantize --json`` prints."""
@@ -70,6 +67,7 @@ class Quantized:
             "recipe": {"name": self.recipe.name, **self.recipe.model_dump(exclude_defaults=True)},
             "samples": self.samples,
             "smoothed": self.smoothed,
+            "resumed_layers": self.resumed_layers,
             "layers": [layer.to_json() for layer in self.layers],
             "float_linears": list(self.float_names),
             "quantize_notes": list(self.notes),
@@ -99,6 +97,7 @@ def quantize_model(
     samples: int | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     plot: str | os.PathLike[str] | None = None,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     progress: Report | None = None,
@@ -110,6 +109,7 @@ def quantize_model(
     device     "cpu", "npu:0", "cuda:0": where the model is calibrated
     calib      as ``calibration_data`` has it; None where the recipe needs none
     samples    of them; None: as many as the recipe says
+    resume     an interrupted run must have left its work; without it that is gone on with if it is there
     plot       a PNG or SVG file for range_parm and weight error by layer
 
     :raises UsageError: a recipe, format, device or data that makes no sense
@@ -128,73 +128,49 @@ def quantize_model(
     base = _base(model_dir)
 
     clock = _Clock()
-    model = load_model(base.folder)
     settings = Settings(max_shard_size=max_shard_size, scale_dtype=_scales(spec))
-    trial = _trial(model, recipe, device)
-    Planner(trial, spec, variant, named, settings, base).plan(probe=False).raise_if_refused()
-    clock.done("load")
+    _ask_target(base, recipe, device, spec, variant, named, settings)
     data = _data(calib, base, recipe, samples)
-    smoothed = _smooth(model, data, recipe, device, progress)
-    clock.done("smooth")
-    calibrator = Calibrator(model, recipe.quant_config(device), data, recipe.disable_level, mix_cfg=dict(recipe.mix_cfg))
-    _calibrate(calibrator, progress)
-    clock.done("calibrate")
-    plan = _plan(calibrator, recipe, spec, variant, named, settings, base)
-    plan.raise_if_refused()
-    written = write(plan, out, overwrite=overwrite, progress=_bytes(progress, plan))
+    clock.done("load")
+    norms_for = variant.name if spec.name == "msmodelslim" and variant.name in {"safe_tensor", "ascendv1"} else ""
+    request = Request(base, recipe, device, data, norms_for, progress)
+    with _way(request, Path(out), resume) as outcome:
+        clock.done("quantize")
+        plan = _plan(outcome, request, spec, variant, named, settings)
+        plan.raise_if_refused()
+        written = write(plan, out, overwrite=overwrite, progress=_bytes(progress, plan))
     clock.done("write")
-
-    layers = figures(calibrator)
     if plot is not None:
         from .plots import save
 
-        save(layers, plot, f"{base.folder.resolve().name}, {recipe.name}")
+        save(outcome.layers, plot, f"{base.folder.resolve().name}, {recipe.name}")
+    notes = tuple(_notes(outcome, request))
     return Quantized(
-        recipe, written, layers, tuple(calibrator.float_names), len(data), smoothed, tuple(_notes(calibrator, data)), clock.seconds
+        recipe, written, outcome.layers, outcome.float_names, len(data), outcome.smoothed, notes, clock.seconds, outcome.resumed
     )
 
 
-def figures(calibrator: Calibrator) -> tuple[LayerFigures, ...]:
-    """How each layer of a calibrator that has run fared."""
-    ranges = calibrator.range_parm
-    return tuple(LayerFigures(name, layer.kind, layer.weight_error, ranges.get(name)) for name, layer in calibrator.layers.items())
-
-
-def load_model(folder: Path) -> Any:
-    """The float model in its own dtype. Raises UnreadableError where transformers cannot load it."""
-    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-    name = "dtype" if version >= (4, 56) else "torch_dtype"
-    library: Any = transformers
-    try:
-        with _without_bars(library.utils.logging):
-            model = library.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **{name: "auto"})
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UnreadableError(f"{folder}: transformers {transformers.__version__} cannot load it ({first.strip():.300})") from error
-    return model.eval()
+def _ask_target(base: Location, recipe: Recipe, device: str, spec: FormatSpec, variant: Variant, named: bool, settings: Settings) -> None:
+    """Refuse what the target cannot hold, from shapes alone."""
+    model, dtype = shell(open_checkpoint(base.folder))
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    config = recipe.quant_config(device)
+    tried = trial(model.config, dtype, linears, chosen_linears(linears, config, recipe.mix_cfg), config)
+    Planner(tried, spec, variant, named, settings, base).plan(probe=False).raise_if_refused()
 
 
 @contextlib.contextmanager
-def _without_bars(logging: Any) -> Iterator[None]:
-    """Without transformers' bars on stderr."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer; of one whose class this transformers does not know, what tokenizer.json says."""
-    library: Any = transformers
-    try:
-        return library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if not (folder / "tokenizer.json").is_file():
-            raise UnreadableError(f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]:.300})") from error
-        return library.PreTrainedTokenizerFast(tokenizer_file=os.fspath(folder / "tokenizer.json"))
+def _way(request: Request, out: Path, resume: bool) -> Iterator[Outcome]:
+    """Carry it out one decoder layer at a time, if that can be done."""
+    config = request.base.json("config.json") or {}
+    why = why_in_memory(request, config.get("model_type"))
+    if why is None:
+        with layer_by_layer(request, out, resume) as outcome:
+            yield outcome
+        return
+    if resume:
+        raise UsageError(f"--resume: this recipe needs the whole model in memory, so there is nothing to go on with: {why}")
+    yield in_memory(request)
 
 
 def _target(to: str) -> tuple[FormatSpec, Variant, bool]:
@@ -239,39 +215,6 @@ def _base(model_dir: str | os.PathLike[str]) -> Location:
     return base
 
 
-def _trial(model: Any, recipe: Recipe, device: str) -> Checkpoint:
-    """What calibration would make of one linear of each shape and kind, in memory: enough to ask the target before hours of work."""
-    main = recipe.quant_config(device)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    left = {*(main.disable_names or ()), *(list(linears)[-1:] if main.disable_last_linear else ())}
-    chosen: dict[tuple[object, ...], tuple[str, QuantConfig]] = {}
-    for name, linear in linears.items():
-        config = main.of_linear(name, recipe.mix_cfg)
-        if name not in left and config.model_quant_type != "FLOAT":
-            chosen.setdefault((config.model_quant_type, *linear.weight.shape), (name, config))
-    layers, state = {}, {}
-    for name, config in chosen.values():
-        linear = linears[name]
-        check_linear(name, linear, config)
-        layer, _ = quantize_linear(name, linear, config)
-        one = layer.weight_scale.new_ones(1)
-        layers[name] = with_inputs(layer, one, one - 1) if layer.kind in STATIC_TYPES else layer
-        state[f"{name}.weight"] = linear.weight
-    cache = {}
-    if main.use_kvcache_quant and layers:
-        name = next(iter(layers))
-        cache = {f"{name}.kv_cache_{part}": torch.zeros(1, dtype=model.dtype) for part in ("scale", "offset")}
-    made: Any = SimpleNamespace(
-        model=SimpleNamespace(state_dict=lambda: state, config=model.config),
-        layers=layers,
-        cfg=main,
-        kv_cache=cache,
-        attention={},
-        torch_dtype=model.dtype,
-    )
-    return checkpoint_of(made)
-
-
 def _data(calib: Any, base: Location, recipe: Recipe, samples: int | None) -> list[Sample]:
     if calib is None:
         return []
@@ -282,81 +225,37 @@ def _data(calib: Any, base: Location, recipe: Recipe, samples: int | None) -> li
     return calibration_data(calib, tokenizer, samples=count, length=wanted.length, template=wanted.template)
 
 
-def _smooth(model: Any, data: list[Sample], recipe: Recipe, device: str, progress: Report | None) -> int:
-    """Run AntiOutlier if the recipe says so; how many sources it smoothed."""
-    config = recipe.anti_outlier_config(device)
-    if config is None:
-        return 0
-    done: list[str] = []
-
-    def begun(source: str) -> None:
-        done.append(source)
-        if progress is not None:
-            progress("smoothing", len(done), total, None)
-
-    smoother = AntiOutlier(model, data, config, progress=begun)
-    total = len(smoother.subgraphs())
-    smoother.process()
-    return total
-
-
-def _calibrate(calibrator: Calibrator, progress: Report | None) -> None:
-    words = {"layers": "rounding", "samples": "calibrating"}
-
-    def tell(what: str, done: int, of: int) -> None:
-        if progress is None:
-            return
-        layer = None
-        if what == "layers":
-            name = next(reversed(calibrator.layers))
-            made = calibrator.layers[name]
-            layer = LayerFigures(name, made.kind, made.weight_error, calibrator.range_parm.get(name))
-        progress(words.get(what, what), done, of, layer)
-
-    calibrator.run(progress=tell)
-
-
-def _plan(
-    calibrator: Calibrator, recipe: Recipe, spec: FormatSpec, variant: Variant, named: bool, settings: Settings, base: Location
-) -> Plan:
-    norms_for = variant.name if spec.name == "msmodelslim" and variant.name in {"safe_tensor", "ascendv1"} else ""
-    checkpoint = checkpoint_of(calibrator, norms_for)
-    checkpoint.location = replace(checkpoint.location, folder=base.folder)  # the source that must not be written into
-    plan = Planner(checkpoint, spec, variant, named, settings, base).plan(probe=True)
+def _plan(outcome: Outcome, request: Request, spec: FormatSpec, variant: Variant, named: bool, settings: Settings) -> Plan:
+    checkpoint = outcome.checkpoint
+    checkpoint.location = replace(checkpoint.location, folder=request.base.folder)  # the source that must not be written into
+    plan = Planner(checkpoint, spec, variant, named, settings, request.base).plan(probe=True)
     # Says in the certificate what was done, and keeps a run that goes on with an interrupted one's work from mixing two calibrations.
-    plan.options |= {"recipe": recipe.model_dump(exclude_defaults=True), "content": _digest(calibrator)}
+    plan.options |= {"recipe": request.recipe.model_dump(exclude_defaults=True), "content": outcome.content}
     return plan
-
-
-def _digest(calibrator: Calibrator) -> str:
-    """XXH3-128 of every tensor's bytes."""
-    digest = xxhash.xxh3_128()
-    for name, array in tensors_of(calibrator)[0].items():
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(memoryview(array.view("u1").reshape(-1)) if array.ndim else array.tobytes())
-    return digest.hexdigest()
 
 
 def _bytes(progress: Report | None, plan: Plan) -> Any:
     """The engine's progress, which says how many bytes more, for ours, which says how many so far."""
     if progress is None:
         return None
-    done = 0
+    done, total = 0, plan.checkpoint.tensors.nbytes
 
     def tell(count: int) -> None:
         nonlocal done
         done += count
-        progress("writing", min(done, plan.source_bytes), plan.source_bytes, None)
+        progress("writing", min(done, total), total, None)
 
     return tell
 
 
-def _notes(calibrator: Calibrator, data: list[Sample]) -> list[str]:
-    notes = []
+def _notes(outcome: Outcome, request: Request) -> list[str]:
+    notes, data = [], request.samples
     if count := repeats(data):
         notes.append(f"{count} of {len(data)} calibration samples repeat an earlier one, and add nothing")
-    if not calibrator.layers:
+    if not outcome.layers:
         notes.append("no linear was quantized")
-    if calibrator.cfg.model_quant_type in {"W8A8", "W8A8S"} and len(data) < 10:
+    if request.recipe.quant_config().model_quant_type in {"W8A8", "W8A8S"} and len(data) < 10:
         notes.append(f"{len(data)} calibration samples are few for static activations; msModelSlim's guide takes 10 to 50")
+    if outcome.resumed:
+        notes.append(f"{outcome.resumed} decoder layers were there from a run that was interrupted")
     return notes

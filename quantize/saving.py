@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from formats.safetensors_file import DTYPES
 from formats.spec import FormatSpec
 
 from .anti_outlier import WRAPPED_NORMS
+from .config import QuantConfig
 from .layers import STATIC_TYPES, QuantizedLayer
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ WHOLE = 1 << 62
 NOWHERE = Path(os.devnull) / "model"
 """The folder of what lies in memory: none that anybody could mean."""
 
-_WEIGHTS, _DESCRIPTION = "quant_model_weight.safetensors", "quant_model_description.json"
+_WEIGHTS, DESCRIPTION = "quant_model_weight.safetensors", "quant_model_description.json"
 
 
 def to_numpy(tensor: Tensor) -> Array:
@@ -58,30 +59,49 @@ def to_numpy(tensor: Tensor) -> Array:
     return np.asarray(tensor.numpy())
 
 
-def tensors_of(calibrator: Calibrator) -> tuple[dict[str, Array], dict[str, str]]:
-    """(tensors, types) of the calibrated model, as msModelSlim's safe_tensor folder names them."""
-    wide = calibrator.torch_dtype != torch.bfloat16
+class Made(Protocol):
+    """What a calibrator that has run offers, or one quantized decoder layer: ``model`` holds what is not in ``layers``."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def cfg(self) -> QuantConfig: ...
+    @property
+    def layers(self) -> dict[str, QuantizedLayer]: ...
+    @property
+    def float_names(self) -> list[str]: ...
+    @property
+    def kv_cache(self) -> dict[str, Tensor]: ...
+    @property
+    def attention(self) -> dict[str, Tensor]: ...
+    @property
+    def torch_dtype(self) -> torch.dtype | None: ...
+
+
+def tensors_of(made: Made) -> tuple[dict[str, Array], dict[str, str]]:
+    """(tensors, types) of the quantized model, as msModelSlim's safe_tensor folder names them."""
+    wide = made.torch_dtype != torch.bfloat16
     tensors: dict[str, Array] = {}
     types: dict[str, str] = {}
-    for name, tensor in calibrator.model.state_dict().items():
+    for name, tensor in made.model.state_dict().items():
         module = name.rpartition(".")[0]
-        if module in calibrator.layers:
+        if module in made.layers:
             if name.endswith(".weight"):
-                for part, array in _parts(calibrator.layers[module], wide).items():
+                for part, array in _parts(made.layers[module], wide).items():
                     tensors[f"{module}.{part}"] = array
-                    types[f"{module}.{part}"] = "FLOAT" if part == "bias" else _type(calibrator, module)
+                    types[f"{module}.{part}"] = "FLOAT" if part == "bias" else _type(made, module)
         else:
             tensors[name], types[name] = to_numpy(tensor), "FLOAT"
-    for found, type_ in ((calibrator.kv_cache, "C8"), (calibrator.attention, "FAQuant")):
+    for found, type_ in ((made.kv_cache, "C8"), (made.attention, "FAQuant")):
         for name, tensor in found.items():
             tensors[name], types[name] = to_numpy(tensor), type_
     return tensors, types
 
 
-def _type(calibrator: Calibrator, module: str) -> str:
+def _type(made: Made, module: str) -> str:
     """A layer's type; static layers of a model that is for both phases of generation have a type of their own."""
-    kind = calibrator.layers[module].kind
-    return "W8A8_MIX" if kind == "W8A8" and calibrator.cfg.pdmix else kind
+    kind = made.layers[module].kind
+    return "W8A8_MIX" if kind == "W8A8" and made.cfg.pdmix else kind
 
 
 def _parts(layer: QuantizedLayer, wide: bool) -> dict[str, Array]:
@@ -114,50 +134,60 @@ def _parts(layer: QuantizedLayer, wide: bool) -> dict[str, Array]:
 class WithNorms(MsModelSlim):
     """A checkpoint whose AntiOutlier norm tensors are carried, as msModelSlim's own files have them."""
 
+    def __init__(self, location: Location, variant: str) -> None:
+        super().__init__(location, variant)
+        self.said["labels"] |= {name: type_ for name, type_ in self._types.items() if ".module." in name and type_ != "FLOAT"}
+
     def _leave_out(self, tensor: str, module: str, leaf: str) -> bool:
         return False
 
 
-def norm_tensors(calibrator: Calibrator, variant: str) -> tuple[dict[str, Array], dict[str, str]]:
+def norm_tensors(made: Made, variant: str) -> tuple[dict[str, Array], dict[str, str]]:
     """(tensors, types) that msModelSlim writes because AntiOutlier wraps norms: a bias in float32, and in safe_tensor copies."""
     tensors: dict[str, Array] = {}
     types: dict[str, str] = {}
-    for name in getattr(calibrator.model, WRAPPED_NORMS, ()):
-        norm = calibrator.model.get_submodule(name)
+    for name in getattr(made.model, WRAPPED_NORMS, ()):
+        norm = made.model.get_submodule(name)
         weight, bias = norm.weight, getattr(norm, "bias", None)
         shift = torch.zeros(weight.shape, dtype=torch.float32) if bias is None else bias.float()
         tensors[f"{name}.bias"], types[f"{name}.bias"] = to_numpy(shift), "FLOAT"
         if variant == "safe_tensor":
             for part, value in (("weight", weight), ("bias", shift)):
                 tensors[f"{name}.module.{part}"] = to_numpy(value)
-                types[f"{name}.module.{part}"] = calibrator.cfg.model_quant_type
+                types[f"{name}.module.{part}"] = made.cfg.model_quant_type
     return tensors, types
 
 
-def checkpoint_of(calibrator: Calibrator, norms_for: str = "") -> Checkpoint:
-    """The calibrated model as a checkpoint that lies in memory; norms_for: msModelSlim's variant whose norm tensors it has too."""
-    tensors, types = tensors_of(calibrator)
-    extra = norm_tensors(calibrator, norms_for) if norms_for else ({}, {})
+def checkpoint_of(made: Made, norms_for: str = "") -> Checkpoint:
+    """A quantized model as a checkpoint that lies in memory; norms_for: msModelSlim's variant whose norm tensors it has too."""
+    tensors, types = tensors_of(made)
+    extra = norm_tensors(made, norms_for) if norms_for else ({}, {})
     tensors, types = {**tensors, **extra[0]}, {**types, **extra[1]}
-    description: dict[str, Any] = {"model_quant_type": calibrator.cfg.model_quant_type, **types}
-    if calibrator.kv_cache:
-        description |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
-    if calibrator.attention:
-        description["fa_quant_type"] = "FAQuant"
-    documents: dict[str, Any] = {_DESCRIPTION: description}
-    config = getattr(calibrator.model, "config", None)
-    if config is not None and hasattr(config, "to_dict"):
-        documents["config.json"] = _plain(config.to_dict())
+    documents: dict[str, Any] = {DESCRIPTION: description_of(made.cfg, types, bool(made.kv_cache), bool(made.attention))}
+    if config := config_of(made.model):
+        documents["config.json"] = config
 
     def opener(path: Path, number: int = 0) -> ArraysFile:
         return ArraysFile(path, tensors, number)
 
     location = Location(NOWHERE, (_WEIGHTS, *documents), documents=documents, opener=opener)
-    if not norms_for:
-        return MsModelSlim(location, "safe_tensor")
-    found = WithNorms(location, "safe_tensor")
-    found.said["labels"] |= {name: type_ for name, type_ in extra[1].items() if type_ != "FLOAT"}
-    return found
+    return (WithNorms if norms_for else MsModelSlim)(location, "safe_tensor")
+
+
+def description_of(cfg: QuantConfig, types: Mapping[str, str], kv_cache: bool, attention: bool) -> dict[str, Any]:
+    """msModelSlim's description of tensors of these types."""
+    description: dict[str, Any] = {"model_quant_type": cfg.model_quant_type, **types}
+    if kv_cache:
+        description |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
+    if attention:
+        description["fa_quant_type"] = "FAQuant"
+    return description
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """A model's config as config.json has it; empty if it has none."""
+    config = getattr(model, "config", None)
+    return _plain(config.to_dict()) if config is not None and hasattr(config, "to_dict") else {}
 
 
 def _plain(value: Any) -> Any:
