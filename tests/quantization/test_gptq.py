@@ -225,11 +225,12 @@ def test_blocks_do_not_change_the_result(group_size, settings):
 def test_the_search_of_scales_leaves_outliers_out(symmetric):
     weight = some_weight()
     weight[::2, 5] = 1.0  # twenty times the others
-    rounded = round_gptq("a", weight, hessian_of(correlated()), 2, symmetric, -1, Gptq(mse=2.0))
-    scales, zeros = plain_grid(weight.double(), 2, symmetric, torch.float16, 2.0)
+    rounded = round_gptq("a", weight, hessian_of(correlated()), 2, symmetric, -1, Gptq(mse=1))
+    scales, zeros = plain_grid(weight.double(), 2, symmetric, torch.float16, 1)
     assert (rounded.scale.double() == scales).float().mean() > 0.9
     assert (rounded.offset.double() == zeros - 2).float().mean() > 0.9
-    assert scales.min() < 0.3 * plain_grid(weight.double(), 2, symmetric, torch.float16, 0)[0].max()
+    unsearched, _ = plain_grid(weight.double(), 2, symmetric, torch.float16, 0)
+    assert (scales[::2] < 0.3 * unsearched[::2]).float().mean() > 0.5
 
 
 def test_act_order_groups_inputs_by_their_size():
