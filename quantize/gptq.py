@@ -47,7 +47,7 @@ from formats.errors import RefusedError, UnreadableError, UsageError
 
 from .rounding import EPSILON, RoundedWeight
 
-__all__ = ["Gptq", "Hessian", "round_gptq"]
+__all__ = ["Gptq", "Hessian", "checked_width", "round_gptq"]
 
 BITS = range(2, 9)
 PANEL = 1024
@@ -285,7 +285,11 @@ def round_gptq(
     :raises RefusedError: ``scale_dtype`` cannot hold a scale
     """
     settings = settings or Gptq()
-    width = _checked_width(name, weight, hessian, bits, group_size)
+    width = checked_width(name, weight, bits, group_size)
+    if hessian.in_features != weight.shape[1]:
+        raise UsageError(
+            f"{name}: the Hessian is of {hessian.in_features} inputs, and the weight has {weight.shape[1]}; give the layer its own"
+        )
     order = _order(hessian.checked(name).diagonal, width, settings)
     factor = hessian.factor(name, settings.percdamp, order).to(weight.device)
     grid = _Grid(bits, symmetric, scale_dtype, settings.mse)
@@ -320,13 +324,15 @@ def round_gptq(
     )
 
 
-def _checked_width(name: str, weight: Tensor, hessian: Hessian, bits: int, group_size: int) -> int:
-    """The inputs of a group."""
+def checked_width(name: str, weight: Tensor, bits: int, group_size: int) -> int:
+    """The inputs of a group of ``weight`` [out, in].
+
+    :raises UsageError: bits beyond 2 to 8, or groups that do not divide in
+    :raises UnreadableError: the weight holds NaN or an infinity
+    """
     inputs = weight.shape[1]
     if bits not in BITS:
-        raise UsageError(f"{name}: {bits} bits were asked for, and GPTQ rounds to {BITS[0]} to {BITS[-1]}")
-    if hessian.in_features != inputs:
-        raise UsageError(f"{name}: the Hessian is of {hessian.in_features} inputs, and the weight has {inputs}; give the layer its own")
+        raise UsageError(f"{name}: {bits} bits were asked for; weights are rounded to {BITS[0]} to {BITS[-1]}")
     if group_size != -1 and (group_size < 1 or inputs % group_size):
         raise UsageError(f"{name}: {inputs} inputs are not whole groups of {group_size}; choose another group_size, or -1 for one group")
     if not bool(torch.isfinite(weight).all()):
