@@ -51,6 +51,7 @@ class RoundedWeight:
     scale, offset   [1], [] (lowbit or HQQ, per tensor), [out, 1] or [out, groups]
     scale_second    [out, groups] float32, integral (W4A8's second stage), or None; offset_second: zeros, int64
     fake            [out, in] in the weight's dtype: what the fake-quantized model multiplies by
+    g_idx           [in] int32, the group of each input, where it is not i // group_size (GPTQ's act order), or None
     """
 
     codes: Tensor
@@ -59,6 +60,7 @@ class RoundedWeight:
     fake: Tensor
     scale_second: Tensor | None = None
     offset_second: Tensor | None = None
+    g_idx: Tensor | None = None
 
 
 def linear_parameters(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
