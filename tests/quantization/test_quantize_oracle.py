@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from formats.errors import RefusedError
 from quantize import AntiOutlier, AntiOutlierConfig, Calibrator, QuantConfig
 
 pytestmark = pytest.mark.oracle
 
-LLAMA, QWEN = "src_llama_fp16", "src_qwen2_bf16"
+LLAMA, QWEN, QWEN3 = "src_llama_fp16", "src_qwen2_bf16", "qwen3"
 W8 = {"mm_tensor": False}
 GROUPS = {"is_lowbit": True, "open_outlier": False, "mm_tensor": False}
 W4A16 = {"w_bit": 4, "a_bit": 16}
@@ -76,6 +77,9 @@ SMOOTHED = {
 } | {
     "anti_m3_w4a16_g64_bf16": (QWEN, W4A16 | GROUPS | {"group_size": 64}, {"anti": {"anti_method": "m3", "w_bit": 4, "a_bit": 16}}),
     "anti_m4_w8a8s_fp16": (LLAMA, SETTINGS["w8a8s_sparse_fp16"][1], {"anti": {"anti_method": "m4"}}),
+    "anti_m4_qwen3_w8a8_fp32": (QWEN3, W8, {"anti": {"anti_method": "m4"}}),  # the tool's m1, m2, m3 and m5 crash there
+    "anti_m4_qwen3_dynamic_bf16": (QWEN3, W8 | {"is_dynamic": True}, {"anti": {"anti_method": "m4"}}),
+    "anti_m6_qwen3_w8a8_fp32": (QWEN3, W8, {"anti": {"anti_method": "m6"}}),
     "anti_m6_given_w8a8_bf16": (QWEN, W8, {"anti": {"anti_method": "m6", "flex_config": {"alpha": 0.6, "beta": 0.3}}}),
 }  # fmt: skip
 """Settings that smooth first."""
@@ -90,10 +94,11 @@ def options_of(name):
     return found[2] if len(found) == 3 else {}
 
 
-def setting(name):
+def setting(name, folder):
+    """What the tool is asked; ``folder`` holds the model that is made for it."""
     (source, config), options = (SETTINGS | SMOOTHED)[name][:2], options_of(name)
     return {
-        "source": str(goldens.SOURCES / source),
+        "source": str((folder if source == QWEN3 else goldens.SOURCES) / source),
         "dtype": DTYPES[name.rpartition("_")[2]],
         "anti": options.get("anti"),
         "config": config,
@@ -104,10 +109,25 @@ def setting(name):
     } | {key: options[key] for key in ("kv_sym",) if key in options}
 
 
+def make_qwen3():
+    """A Qwen3 with outlier channels: its norms, and some of its linears, get biases from m4."""
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False))
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if key.endswith("layernorm.weight"):
+                weight[torch.randperm(64)[:4]] *= torch.tensor([3.0, 5.0, 9.0, 15.0])
+            elif ".layers." in key and weight.dim() == 2:
+                weight.mul_(4)
+    return model
+
+
 @pytest.fixture(scope="session")
 def of_the_tool(tmp_path_factory):
     folder = tmp_path_factory.mktemp("msmodelslim")
-    (folder / "settings.json").write_text(json.dumps({name: setting(name) for name in SETTINGS | SMOOTHED}))
+    make_qwen3().save_pretrained(folder / QWEN3)
+    (folder / "settings.json").write_text(json.dumps({name: setting(name, folder) for name in SETTINGS | SMOOTHED}))
     script = Path(__file__).parent / "msmodelslim_settings.py"
     command = [os.environ["WEIGHBRIDGE_ORACLE_MSMODELSLIM"], str(script), "settings.json", "."]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -115,9 +135,9 @@ def of_the_tool(tmp_path_factory):
     return folder
 
 
-def calibrated(name):
+def calibrated(name, folder):
     """A calibrator that has run as ``name`` says."""
-    about = setting(name)
+    about = setting(name, folder)
     model = goldens.load_model(about["source"], getattr(torch, about["dtype"]))
     if about["anti"] is not None:
         AntiOutlier(model, goldens.samples(), AntiOutlierConfig(**about["anti"])).process()
@@ -141,7 +161,7 @@ def files_of(folder):
 def test_saved_as_the_tool_saves(name, kind, of_the_tool, tmp_path):
     """The same files, in them the same tensors bit for bit, and the same description."""
     inexact = name.startswith("hqq")
-    calibrated(name).save(tmp_path, save_type=kind)
+    calibrated(name, of_the_tool).save(tmp_path, save_type=kind)
     (ours, said), (theirs, described) = files_of(tmp_path), files_of(of_the_tool / name / kind)
     assert said == described
     assert ours.keys() == theirs.keys()
@@ -162,7 +182,7 @@ NUMPY = ("w8a8_fp16", "w8a8_lowbit_tensor_fp16", "c8_asym_w8a16_fp16", "mix_fp16
 @pytest.mark.parametrize("name", NUMPY)
 def test_numpy_files_are_the_tools(name, of_the_tool, tmp_path):
     """File by file, key by key."""
-    calibrated(name).save(tmp_path, save_type="numpy")
+    calibrated(name, of_the_tool).save(tmp_path, save_type="numpy")
     theirs = {path.name: np.load(path, allow_pickle=True).item() for path in (of_the_tool / name / "numpy").glob("*.npy")}
     assert {path.name for path in tmp_path.iterdir()} == theirs.keys()
     for file, wanted in theirs.items():
@@ -173,9 +193,9 @@ def test_numpy_files_are_the_tools(name, of_the_tool, tmp_path):
             assert torch.equal(found[key], want), (file, key)
 
 
-def test_w4a8_has_no_numpy_files(tmp_path):
+def test_w4a8_has_no_numpy_files(of_the_tool, tmp_path):
     with pytest.raises(RefusedError, match="second scales of W4A8"):
-        calibrated("datafree_w4a8_bf16").save(tmp_path / "out", save_type=["numpy", "safe_tensor"])
+        calibrated("datafree_w4a8_bf16", of_the_tool).save(tmp_path / "out", save_type=["numpy", "safe_tensor"])
     assert not (tmp_path / "out").exists()
 
 
@@ -183,7 +203,7 @@ def test_w4a8_has_no_numpy_files(tmp_path):
 def test_equal_to_the_tool(name, of_the_tool):
     (want,), (description,) = (found.values() for found in files_of(of_the_tool / name / "safe_tensor"))
     logits = load_file(of_the_tool / name / "logits.safetensors")["logits"]
-    calibrator = calibrated(name)
+    calibrator = calibrated(name, of_the_tool)
     model = calibrator.model
     kinds = {key.removesuffix(".weight"): kind for key, kind in description.items() if key.endswith(".weight") and kind != "FLOAT"}
     assert {key: layer.kind for key, layer in calibrator.layers.items()} == kinds
