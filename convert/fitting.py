@@ -15,7 +15,7 @@ import numpy as np
 from formats import Checkpoint
 from formats.ir import ArrayLike, QuantArgs, QuantizedLinear, QuantScheme, Strategy
 from formats.safetensors_file import NAMES
-from formats.spec import Capabilities, FormatSpec, InputKind, LayerTarget, Variant, input_kind
+from formats.spec import Capabilities, FormatSpec, InputKind, LayerTarget, Part, Variant, input_kind
 
 from .options import SCALE_DTYPES, TORCH_NAMES, Settings
 from .records import HALF_STEP, LayerPlan, Refusal
@@ -65,6 +65,12 @@ def _dtype_of(array: ArrayLike | None) -> str | None:
     return None if array is None else NAMES[np.dtype(array.dtype)]
 
 
+def _scalars_of(layer: QuantizedLinear) -> tuple[Part, ...]:
+    """The parts that are stored as one number without dimensions."""
+    parts: tuple[tuple[Part, ArrayLike | None], ...] = (("scales", layer.scales), ("zero_points", layer.zero_points))
+    return tuple(part for part, array in parts if array is not None and array.shape == ())
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """A layer's header facts, light enough to keep for every layer of a model."""
@@ -76,6 +82,7 @@ class Header:
     bias_dtype: str | None
     has_g_idx: bool
     smoothed: bool
+    scalars: tuple[Part, ...]
     outer_dtype: str | None
     input_dtype: str | None
     derived: tuple[tuple[str, str], ...]
@@ -95,6 +102,7 @@ def header_of(layer: QuantizedLinear, scheme: QuantScheme, derived: tuple[tuple[
         _dtype_of(layer.bias),
         layer.g_idx is not None,
         layer.input_smooth is not None,
+        _scalars_of(layer),
         _dtype_of(layer.outer),
         _dtype_of(layer.input_scale),
         derived,
@@ -194,6 +202,10 @@ class Fitter:
         input_dtype = None
         if inputs is not None and header.input_dtype is not None:
             input_dtype = self._scale_dtype(header.input_dtype, True, True)
+        if args.sparse and self.holds.sparse and input_dtype is not None:
+            scale_dtype, input_dtype = stored, header.input_dtype  # deq_scale says the product of both, so neither can be rounded
+        elif args.sparse:
+            target_args = replace(target_args, sparse=False)
         if not ({"keep", scale_dtype} & set(holds.scale_dtypes)):
             offers = f"stores them in {' or '.join(TORCH_NAMES[dtype] for dtype in holds.scale_dtypes if dtype in TORCH_NAMES)}"
             hint = "leave --scale-dtype out: rounding is measured, and what rounds too much is refused"
@@ -201,7 +213,10 @@ class Fitter:
         scheme = self.one(QuantScheme(target_args, inputs))
         outer_dtype = header.outer_dtype if holds.outer else None
         derived = () if inputs is None else header.derived
-        target = LayerTarget(name, self.one(header.shape), scheme, scale_dtype, bias_dtype, input_dtype, outer_dtype, derived)
+        shape = self.one(header.shape)
+        own = self.spec.name == self.checkpoint.format and target_args.strategy == "tensor"
+        scalars = header.scalars if own else ()
+        target = LayerTarget(name, shape, scheme, scale_dtype, bias_dtype, input_dtype, outer_dtype, derived, scalars)
         return LayerPlan(target, header.scheme, self.one(moves), repeat)
 
     def _inputs(self, header: Header) -> QuantArgs | None:

@@ -56,6 +56,8 @@ def zero_range(zero_points: ArrayLike | None) -> tuple[int, int]:
     """Smallest and largest zero point, signed domain; (0, 0) without any."""
     if zero_points is None:
         return 0, 0
+    if zero_points.shape == ():
+        zero_points = read(zero_points).reshape(1)
     low, high = [], []
     rows = zero_points.shape[0]
     step = max(1, _CHUNK // max(1, int(np.prod(zero_points.shape[1:]))))

@@ -83,6 +83,8 @@ class LayerPlan:
         target = self.target
         if target.input_dtype is None or layer.input_scale is None:
             return False
+        if target.scheme.weights.sparse:  # where deq_scale is all that says the weight's scale
+            return "quant_bias" not in layer.extras
         same = NAMES[layer.input_scale.dtype] == target.input_dtype and NAMES[np.dtype(layer.scales.dtype)] == target.scale_dtype
         return not (same and {"deq_scale", "quant_bias"} <= set(layer.extras)) or self.requantized
 

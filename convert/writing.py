@@ -86,7 +86,7 @@ class LayerWriter:
             output, info = self._places[spec.name]
             if spec.part in {"scales", "zero_points", "scaled_zeros"}:
                 step = max(64, GRID // max(1, layer.groups[1] * self._layer.repeat) // 64 * 64)
-                if spec.shape == (1,):
+                if spec.shape in {(1,), ()}:
                     yield partial(self._write_one, spec)
                     continue
                 for start in range(0, layer.groups[0], step):
@@ -315,7 +315,7 @@ def vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec) -> Array:
 
 def _as_stored(layer: QuantizedLinear, plan: LayerPlan) -> QuantizedLinear:
     """The layer with the scales that the target stores: what follows from rounded ones is not what the source kept."""
-    if not plan.derives_anew(layer):
+    if not plan.derives_anew(layer) or plan.target.scheme.weights.sparse:
         return layer
     assert layer.input_scale is not None
     scales = cast(layer.grid("scales"), DTYPES[plan.target.scale_dtype])

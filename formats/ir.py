@@ -87,7 +87,7 @@ ArrayLike = Array | LazyArray
 def read(array: ArrayLike, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
     """``array[rows, cols]`` (of a vector its rows), whether it is lazy or a NumPy array; ``work`` may hold the result."""
     if isinstance(array, np.ndarray):
-        return array[rows, cols] if array.ndim == 2 else array[rows]
+        return array[rows, cols] if array.ndim == 2 else array[rows] if array.ndim else array
     return array.read(rows, cols, work)
 
 
@@ -103,6 +103,7 @@ class QuantArgs:
     block         (out, in) extent of a block (strategy "block")
     actorder      None; "group": columns were sorted, g_idx is irregular; "static": groups kept their order
     dynamic       scales are computed at run time (activations)
+    sparse        made so that most codes are small, for an engine that compresses them; it says nothing of the law
     """
 
     bits: int
@@ -113,6 +114,7 @@ class QuantArgs:
     block: tuple[int, int] | None = None
     actorder: ActOrder | None = None
     dynamic: bool = False
+    sparse: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ class QuantScheme:
     def __str__(self) -> str:
         """Short form for people: ``W4A16 g128 sym``."""
         w, a = self.weights, self.inputs
-        kind = "" if w.element == "int" else f" {w.element}"
+        kind = ("" if w.element == "int" else f" {w.element}") + (" sparse" if w.sparse else "")
         where = {"group": f"g{w.group_size}", "block": f"block {w.block}"}.get(w.strategy, f"per {w.strategy}")
         order = f" act-order({w.actorder})" if w.actorder else ""
         acts = "" if a is None else (" dynamic" if a.dynamic else " static")

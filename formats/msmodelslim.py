@@ -20,7 +20,7 @@ input_offset), -128, 127)``; the offset is added.
 
 ==========================  =============================================================================================
 W8A16, W4A16 per channel    ``weight`` int8 [N, K]; ``weight_scale``, ``weight_offset`` [N, 1] in the model's dtype (F32 in V1)
-... per tensor              scale and offset [1] (``mm_tensor=True``, which is the tool's default)
+... per tensor              scale and offset [1] (``mm_tensor=True``, which is the tool's default); ``is_lowbit``: both []; HQQ: scale []
 ... per group               scale and offset [N, K/g], F32 for MinMax, the model's dtype for GPTQ and HQQ
 W4A16 in ascendv1           per group: int8 [N/2, K], two consecutive output rows a byte, low nibble the even row;
                             one scale per row: int8 [N, K/2], two consecutive inputs a byte, low nibble the even column;
@@ -49,7 +49,7 @@ Quirks that this reader handles:
 6. Symmetric layers have an offset tensor of zeros: that a layer is symmetric is in the data, not in the header.
 7. Two things say what a static W8A8 layer computes: weight_scale, and deq_scale, which the NPU uses (``formats.derived``). The
    law here is weight_scale where there is one, else ``deq_scale / input_scale`` in float32. ``quant_bias`` holds the bias,
-   rounded, and ``bias`` is stored as well: the latter is the law's.
+   rounded, and ``bias`` is stored as well: the latter is the law's. W8A8S that has a weight_scale all the same is read as W8A8.
 8. Inputs of W8A8_DYNAMIC are symmetric per token on the NPU (its operator has no offset); the tool's own simulation rounds them
    asymmetrically.
 9. ``q_proj``, ``k_proj`` and ``v_proj`` have one input scale, and so have ``gate_proj`` and ``up_proj``.
@@ -289,7 +289,7 @@ class MsModelSlim(Checkpoint):
             self._insist_on_zeros(name)
         strategy, group_size = _strategy(name, codes.shape, tuple(scales.shape))
         zeros = self._zero_points(name, bits, tuple(scales.shape), part)
-        weights = QuantArgs(bits, "int", zeros is None, strategy, group_size)
+        weights = QuantArgs(bits, "int", zeros is None, strategy, group_size, sparse=type_ == "W8A8S" and self._is_derived(name))
         measured = kind != "static"  # W8A8_MIX: in one of its two modes
         inputs = None if kind is None else QuantArgs(8, "int", kind == "dynamic", "token" if measured else "tensor", dynamic=measured)
         bias = self.tensors.tensor(f"{name}.bias") if f"{name}.bias" in self.tensors else None
@@ -372,7 +372,7 @@ class MsModelSlim(Checkpoint):
         if tensor not in self.tensors:
             return None
         stored: Any = self.tensors.tensor(tensor)
-        if stored.shape != scale:
+        if stored.shape != scale and not {stored.shape, scale} <= {(), (1,)}:  # HQQ per tensor has a scale [] and an offset [1]
             raise UnreadableError(f"{tensor}: has shape {list(stored.shape)}, {part} {list(scale)}; they must agree")
         matrix = stored.reshape(1, -1) if isinstance(stored, np.ndarray) else stored.as_matrix()
         return IntegralZeros(tensor, matrix if stored.ndim == 1 else stored, -(1 << bits - 1), (1 << bits - 1) - 1)

@@ -43,6 +43,8 @@ def type_of(layer: LayerTarget, variant: str) -> str:
         return f"W{bits}A16"
     if layer.inputs == "dynamic":
         return f"W{bits}A8_DYNAMIC"
+    if layer.scheme.weights.sparse:
+        return f"W{bits}A8S"
     # The tool's safe_tensor has no word for both: the same files are W8A8 there.
     return f"W{bits}A8_MIX" if layer.inputs == "both" and variant in _PACKED else f"W{bits}A8"
 
@@ -63,15 +65,16 @@ def outputs(layer: LayerTarget, variant: str) -> tuple[TensorSpec, ...]:
     if layer.bias_dtype is not None:
         specs.append(TensorSpec(f"{name}.bias", layer.bias_dtype, (out,), "bias"))
     whole = weights.strategy == "tensor"
-    shape = (1,) if whole else (out, layer.groups)
+    grid = (1,) if whole else (out, layer.groups)
     if layer.outer_dtype is not None:
         specs.append(TensorSpec(f"{name}.weight_scale", layer.outer_dtype, (out, 1), "outer"))
         specs.append(TensorSpec(f"{name}.weight_offset", layer.outer_dtype, (out, 1), "outer_zeros"))
-        specs.append(TensorSpec(f"{name}.weight_scale_second", layer.scale_dtype, shape, "scales"))
-        specs.append(TensorSpec(f"{name}.weight_offset_second", "I64", shape, "zero_points"))
-    else:
-        specs.append(TensorSpec(f"{name}.weight_scale", layer.scale_dtype, shape, "scales"))
-        specs.append(TensorSpec(f"{name}.weight_offset", layer.scale_dtype, shape, "zero_points"))
+        specs.append(TensorSpec(f"{name}.weight_scale_second", layer.scale_dtype, grid, "scales"))
+        specs.append(TensorSpec(f"{name}.weight_offset_second", "I64", grid, "zero_points"))
+    elif not weights.sparse:
+        shapes = [() if part in layer.scalars else grid for part in ("scales", "zero_points")]
+        specs.append(TensorSpec(f"{name}.weight_scale", layer.scale_dtype, shapes[0], "scales"))
+        specs.append(TensorSpec(f"{name}.weight_offset", layer.scale_dtype, shapes[1], "zero_points"))
     if layer.input_dtype is not None:
         specs.append(TensorSpec(f"{name}.input_scale", layer.input_dtype, (1,), "input_scale"))
         specs.append(TensorSpec(f"{name}.input_offset", layer.input_dtype, (1,), "input_zero_point"))
@@ -79,9 +82,13 @@ def outputs(layer: LayerTarget, variant: str) -> tuple[TensorSpec, ...]:
         specs.append(TensorSpec(f"{name}.deq_scale", dtypes["deq_scale"], (1,) if whole else (out,), "deq_scale"))
         specs.append(TensorSpec(f"{name}.quant_bias", dtypes["quant_bias"], (out,), "quant_bias"))
     if variant in _PACKED and weights.bits == 4 and layer.inputs == "dynamic":
-        parts = SPLIT if any(part in name.rpartition(".")[2] for part in _SPLIT_INPUTS) and layer.shape[1] % SPLIT == 0 else 1
-        specs.append(TensorSpec(f"{name}.scale_bias", "F32", (out, parts), "scale_bias"))
+        specs.append(TensorSpec(f"{name}.scale_bias", "F32", (out, scale_bias_columns(name, layer.shape[1])), "scale_bias"))
     return tuple(specs)
+
+
+def scale_bias_columns(name: str, inputs: int) -> int:
+    """Parts along its inputs for which the scale_bias of the linear ``name`` has a sum each."""
+    return SPLIT if any(part in name.rpartition(".")[2] for part in _SPLIT_INPUTS) and inputs % SPLIT == 0 else 1
 
 
 def derived(layer: QuantizedLinear, kind: InputKind | None, model_dtype: str | None) -> tuple[tuple[str, str], ...]:
@@ -163,6 +170,7 @@ _HOLDS = Capabilities(
     scale_dtypes=("keep", "F16", "BF16", "F32"),
     inputs=("static", "dynamic"),
     outer=True,
+    sparse=True,
     lm_head=True,
 )
 
@@ -185,6 +193,7 @@ VARIANTS = (
             scale_dtypes=("model", "F16", "BF16"),
             inputs=("static", "dynamic", "both"),
             outer=False,
+            sparse=False,
             for_engine=True,
         ),
         "vllm-ascend",

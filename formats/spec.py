@@ -56,6 +56,7 @@ class LayerTarget:
 
     input_dtype   of a static input scale, None without one; outer_dtype: of the outer level of scales, None without one
     derived       tensors that follow from the law and are written beside it, by leaf name, with their dtypes
+    scalars       parts ("scales", "zero_points") whose one number for the whole tensor has no dimensions, as in the source
     """
 
     name: str
@@ -66,6 +67,7 @@ class LayerTarget:
     input_dtype: str | None = None
     outer_dtype: str | None = None
     derived: tuple[tuple[str, str], ...] = ()
+    scalars: tuple[Part, ...] = ()
 
     @property
     def group_size(self) -> int:
@@ -124,6 +126,7 @@ class Capabilities:
                                  float32 in the model's half precision; "half": the same, but 8-bit layers whose inputs are quantized
                                  keep them
     inputs                       kinds of input quantization that it holds; outer: holds two-level scales of integer codes
+    sparse                       says of layers with static inputs that they are sparse, and keeps their scale in derived tensors only
     multiple_of                  (out, in) must be multiples of these
     mixed_groups                 whether layers may have different group sizes within one folder
     lm_head                      whether lm_head may be quantized
@@ -143,6 +146,7 @@ class Capabilities:
     scale_dtypes: tuple[str, ...] = ()
     inputs: tuple[InputKind, ...] = ()
     outer: bool = False
+    sparse: bool = False
     multiple_of: tuple[int, int] = (1, 1)
     mixed_groups: bool = False
     lm_head: bool = False

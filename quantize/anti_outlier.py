@@ -374,7 +374,8 @@ def _shift(norm: Any, linears: Sequence[nn.Linear], shift: Tensor | None) -> Non
         norm.register_forward_hook(_add_bias)
     norm.bias -= shift
     for linear in linears:
-        moved = (shift.unsqueeze(0) @ linear.weight.T).squeeze(0)
+        weight = linear.weight.clone()  # the product's last bits depend on how memory is aligned, and a file's tensors lie anywhere
+        moved = (shift.unsqueeze(0) @ weight.T).squeeze(0)
         if linear.bias is None:
             linear.bias = nn.Parameter(moved)
         else:

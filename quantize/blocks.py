@@ -75,7 +75,8 @@ class Weights:
         return self._floats(to_torch(read(cast(Any, self.checkpoint.plain(name).data))))
 
     def _floats(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        # Always a copy, in memory of torch's own alignment, on which the last bits of matrix products depend.
+        return tensor.to(self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
     def fill(self, module: nn.Module, path: str) -> nn.Module:
         """``module``, whose parameters are on the meta device, with those that the folder has below ``path``."""
@@ -137,7 +138,7 @@ class States(Sequence[Tensor]):
         return self._bytes[begin:end].view(self.dtype).reshape(1, self.lengths[index], self.hidden)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._view(range(len(self))[index])
+        return self._view(range(len(self))[index]).clone()
 
     def __setitem__(self, index: int, values: Tensor) -> None:
         self._view(range(len(self))[index]).copy_(values)

@@ -151,10 +151,10 @@ class Calibrator:
         part_file_size    GiB of a weight file; None: one file
 
         :returns: a conversion's result, with its proof, for each save type but "numpy"
-        :raises UsageError: nothing was calibrated; RefusedError: the format cannot hold it
+        :raises UsageError: no linear was quantized (msModelSlim would write a float model); RefusedError: the format cannot hold it
         """
         if not self.layers:
-            raise UsageError("save: there is nothing to save before run()")
+            raise UsageError("save: no linear is quantized; call run() first, and leave fewer linears float than there are")
         from .saving import save
 
         return save(self, output_path, safetensors_name, json_name, save_type, part_file_size)

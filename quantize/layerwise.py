@@ -185,14 +185,14 @@ class LayerRun:
         return [name for name in self.linears if name not in left and self.job.config_of(name) is not None]
 
     def outside(self) -> Any:
-        """What stands for the model outside of its layers (``saving.norm_tensors``): norms there that AntiOutlier would have wrapped."""
+        """What stands for the model outside of its layers (``saving.extra_tensors``): norms there that AntiOutlier would have wrapped."""
         wraps = self.job.anti_outlier is not None and self.job.anti_outlier.anti_method != "m6"
         names = (
             [name for name in norms_of(self.blocks.model) if not name.startswith(f"{self.blocks.architecture.layers}.")] if wraps else []
         )
         parts = {name: self.blocks.part(name) for name in names}
         model = SimpleNamespace(config=self.blocks.config, get_submodule=parts.__getitem__, **{WRAPPED_NORMS: tuple(names)})
-        return SimpleNamespace(model=model, cfg=self.job.config)
+        return SimpleNamespace(model=model, cfg=self.job.config, layers={})
 
     def begin(self) -> None:
         """Embed the samples; to be left out where an earlier run's states are there."""

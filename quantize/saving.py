@@ -3,6 +3,10 @@
 The model is laid out in memory as msModelSlim's safe_tensor folder is (one code a byte), read by the reader of that format, and
 written by the conversion engine: so what is saved is planned, streamed, proved and certified like any conversion, and equals what
 converting a saved folder gives.
+
+msModelSlim's own save types have its tensors bit for bit and its description. What differs, on purpose: a certificate lies beside
+them (``weighbridge.json``); scale_bias of W4A8 is summed for linears of any name, where the tool knows q, k, v, o, gate, up and down
+only and writes [out, in] for others; and what ``calibrator`` says differs.
 """
 
 from __future__ import annotations
@@ -26,9 +30,10 @@ from convert.planning import Planner
 from formats import find_target
 from formats.arrays_file import ArraysFile
 from formats.checkpoint import Checkpoint, Location
-from formats.errors import UsageError
+from formats.errors import RefusedError, UsageError
 from formats.ir import Array
 from formats.msmodelslim import MsModelSlim
+from formats.msmodelslim_target import scale_bias_columns
 from formats.safetensors_file import DTYPES
 from formats.spec import FormatSpec
 
@@ -47,6 +52,8 @@ WHOLE = 1 << 62
 NOWHERE = Path(os.devnull) / "model"
 """The folder of what lies in memory: none that anybody could mean."""
 
+_ROWS = 1024
+"""Of a weight that is summed at once."""
 _WEIGHTS, DESCRIPTION = "quant_model_weight.safetensors", "quant_model_description.json"
 
 
@@ -111,8 +118,7 @@ def _parts(layer: QuantizedLayer, wide: bool) -> dict[str, Array]:
         parts["bias"] = to_numpy(layer.bias)
     if layer.kind != "W8A8S":
         for part in ("weight_scale", "weight_offset"):
-            found = to_numpy(getattr(layer, part))
-            parts[part] = found.reshape(1) if found.ndim == 0 else found
+            parts[part] = to_numpy(getattr(layer, part))
     for part in ("weight_scale_second", "weight_offset_second"):
         if (found := getattr(layer, part)) is not None:
             parts[part] = to_numpy(found)
@@ -131,6 +137,22 @@ def _parts(layer: QuantizedLayer, wide: bool) -> dict[str, Array]:
     return parts
 
 
+def _scale_biases(made: Made) -> tuple[dict[str, Array], dict[str, str]]:
+    """(tensors, types) of W4A8's scale_bias, [out, 1] or [out, 16] float32: the tool sums with the row's scale rounded to bfloat16."""
+    found = {}
+    for name, layer in made.layers.items():
+        if layer.kind == "W4A8_DYNAMIC" and layer.weight_scale_second is not None:
+            (out, in_), columns = layer.codes.shape, scale_bias_columns(name, layer.codes.shape[1])
+            sums = torch.empty(out, columns)
+            for top in range(0, out, _ROWS):
+                rows = slice(top, top + _ROWS)
+                steps = layer.codes[rows].float().reshape(-1, layer.group_size) * layer.weight_scale_second[rows].reshape(-1, 1)
+                weights = steps.reshape(-1, in_) * layer.weight_scale[rows].bfloat16()
+                sums[rows] = 8 * weights.reshape(-1, in_ // columns).sum(1).reshape(-1, columns)
+            found[f"{name}.scale_bias"] = to_numpy(sums)
+    return found, dict.fromkeys(found, "W4A8_DYNAMIC")
+
+
 class WithNorms(MsModelSlim):
     """A checkpoint whose AntiOutlier norm tensors are carried, as msModelSlim's own files have them."""
 
@@ -142,7 +164,7 @@ class WithNorms(MsModelSlim):
         return False
 
 
-def norm_tensors(made: Made, variant: str) -> tuple[dict[str, Array], dict[str, str]]:
+def _norm_tensors(made: Made, variant: str) -> tuple[dict[str, Array], dict[str, str]]:
     """(tensors, types) that msModelSlim writes because AntiOutlier wraps norms: a bias in float32, and in safe_tensor copies."""
     tensors: dict[str, Array] = {}
     types: dict[str, str] = {}
@@ -158,10 +180,17 @@ def norm_tensors(made: Made, variant: str) -> tuple[dict[str, Array], dict[str, 
     return tensors, types
 
 
+def extra_tensors(made: Made, variant: str) -> tuple[dict[str, Array], dict[str, str]]:
+    """(tensors, types) that only files of msModelSlim's ``variant`` have; none for ""."""
+    tensors, types = _norm_tensors(made, variant) if variant else ({}, {})
+    more = _scale_biases(made) if variant == "ascendv1" else ({}, {})
+    return {**tensors, **more[0]}, {**types, **more[1]}
+
+
 def checkpoint_of(made: Made, norms_for: str = "") -> Checkpoint:
-    """A quantized model as a checkpoint that lies in memory; norms_for: msModelSlim's variant whose norm tensors it has too."""
+    """A quantized model as a checkpoint that lies in memory; norms_for: msModelSlim's variant whose own tensors it has too."""
     tensors, types = tensors_of(made)
-    extra = norm_tensors(made, norms_for) if norms_for else ({}, {})
+    extra = extra_tensors(made, norms_for)
     tensors, types = {**tensors, **extra[0]}, {**types, **extra[1]}
     documents: dict[str, Any] = {DESCRIPTION: description_of(made.cfg, types, bool(made.kv_cache), bool(made.attention))}
     if config := config_of(made.model):
@@ -209,6 +238,8 @@ def save(
 ) -> list[Result]:
     """What ``Calibrator.save`` does; a result for each save type but "numpy"."""
     kinds = ["numpy"] if save_type is None else [save_type] if isinstance(save_type, str) else list(save_type)
+    if "numpy" in kinds and calibrator.cfg.model_quant_type == "W4A8_DYNAMIC":
+        raise RefusedError("save_type numpy: has no file for the second scales of W4A8_DYNAMIC; use safe_tensor or ascendV1")
     for kind in kinds:
         if kind != "numpy":
             find_target(SAVE_TYPES.get(kind, kind))
@@ -265,6 +296,8 @@ NUMPY_FILES = ("weight_scale", "weight_offset", "input_scale", "input_offset", "
 def _save_numpy(calibrator: Calibrator, folder: Path) -> None:
     """msModelSlim's .npy files: a pickled dictionary of tensors each. Weights and biases have one name there, as in the tool."""
     tensors, types = tensors_of(calibrator)
+    norms = extra_tensors(calibrator, "safe_tensor")
+    tensors, types = {**tensors, **norms[0]}, {**types, **norms[1]}
     files: dict[str, dict[str, Tensor]] = {}
     for name, array in tensors.items():
         module, _, part = name.rpartition(".")
@@ -276,6 +309,8 @@ def _save_numpy(calibrator: Calibrator, folder: Path) -> None:
             files.setdefault(kind, {})[name] = value
         elif part in NUMPY_FILES:
             files.setdefault(part, {})[module] = value
+        elif name.endswith(("norm.weight", "norm.bias")):
+            files.setdefault("anti_fp_norm", {})[name] = value
         else:
             files.setdefault("quant_weight", {})[module] = value
     for name, found in files.items():

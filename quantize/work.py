@@ -25,7 +25,7 @@ from formats.safetensors_file import SafetensorsFile, StoredFile, TensorInfo, Te
 
 from .blocks import FLOAT_DTYPES, Blocks, Weights, to_torch
 from .progress import LayerFigures
-from .saving import DESCRIPTION, Made, WithNorms, config_of, description_of, norm_tensors, tensors_of
+from .saving import DESCRIPTION, Made, WithNorms, config_of, description_of, extra_tensors, tensors_of
 
 __all__ = ["Finished", "Work", "digest_of"]
 
@@ -87,7 +87,7 @@ class Work:
     def add(self, made: Made, figures: list[LayerFigures], smoothed: Iterable[str], sync_inputs: Callable[[], None]) -> Finished:
         """Write a layer's file, bring it and what the next layer gets to the disk, and say so in the journal."""
         tensors, types = tensors_of(made)
-        norms, norm_types = norm_tensors(made, self.norms_for) if self.norms_for else ({}, {})
+        norms, norm_types = extra_tensors(made, self.norms_for)
         index = len(self.layers)
         own = {name: to_torch(array) for name, array in tensors.items()}
         own |= {name: to_torch(array).clone() for name, array in norms.items()}  # copies, where the library wants no shared memory
@@ -114,7 +114,7 @@ class Work:
         rest = [name for name in source.tensors if not name.startswith(f"{blocks.architecture.layers}.")]
         types = dict.fromkeys(rest, "FLOAT")
         cast = {name: weights.tensor(name) for name in rest if _is_cast(source.tensors[name], weights)}
-        norms, norm_types = norm_tensors(outside, self.norms_for) if self.norms_for else ({}, {})
+        norms, norm_types = extra_tensors(outside, self.norms_for)
         own = {**cast, **{name: to_torch(array).clone() for name, array in norms.items()}}
         openers: dict[str, Callable[[Path, int], StoredFile]] = {}
         for number, file in enumerate(source.tensors.files):

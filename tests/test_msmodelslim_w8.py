@@ -179,7 +179,8 @@ def typed(folder: Path) -> dict[str, Any]:
     return {name: label for name, label in described(folder).items() if "." in name}
 
 
-AS_IT_IS = [case for case in V0 if not any(word in case for word in ("anti", "w8a8s", "tensor", "mix_cfg"))]
+AS_IT_IS = [case for case in V0 if not any(word in case for word in ("anti", "tensor", "mix_cfg"))]
+SPARSE = [case for case in V0 if "w8a8s" in case]
 
 
 def again(case: str, out: Path, variant: str = "") -> dict[str, Any]:
@@ -239,20 +240,88 @@ def test_norms_that_anti_outlier_wrapped_stay_behind(tmp_path: Path) -> None:
     assert found == {name: label for name, label in wanted.items() if name not in norms}
 
 
-@pytest.mark.parametrize("case", ["w8a8s_lowbit_bf16", "w8a8s_sparse_fp16"])
-def test_w8a8s_becomes_w8a8_with_the_scale_that_deq_scale_says(case: str, tmp_path: Path) -> None:
-    again(case, tmp_path / "out")
+@pytest.mark.parametrize("shapes", [((), ()), ((), (1,))], ids=["lowbit", "hqq"])
+def test_one_scale_without_dimensions_stays_so(shapes: tuple[tuple[int, ...], ...], tmp_path: Path) -> None:
+    """As the tool stores them: is_lowbit both, HQQ the scale only."""
+    case = "w8a8_static_tensor_fp16"
+    bare = tmp_path / "bare"
+    shutil.copytree(W8 / case, bare)
+    (path,) = bare.glob("*.safetensors")
+
+    def strip(tensors: Tensors) -> None:
+        for part, shape in zip((".weight_scale", ".weight_offset"), shapes, strict=True):
+            tensors.update({name: array.reshape(shape) for name, array in tensors.items() if name.endswith(part)})
+
+    change_tensors(path, strip)
+    result = convert(bare, tmp_path / "out", "msmodelslim:safe_tensor")
+    assert result.exact
+    assert raw(tmp_path / "out") == raw(bare)
+    assert raw(bare)["model.layers.0.mlp.up_proj.weight_scale"][1] == ()
+    for other in ("compressed-tensors", "msmodelslim:vllm-ascend"):
+        convert(bare, tmp_path / "from bare", other, overwrite=True)
+        assert verify(W8 / case, tmp_path / "from bare").same
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_w8a8s_stays_w8a8s_for_either_dtype_of_the_npu(case: str, tmp_path: Path) -> None:
+    """deq_scale is all that says a scale, so nothing is rounded; it becomes the int64 that an NPU in float16 reads."""
+    for dtype, stored_as in (("float16", np.int64), ("bfloat16", np.float32)):
+        result = convert(W8 / case, tmp_path / dtype, "msmodelslim", serve_dtype=dtype)
+        assert result.exact
+        ours, theirs = stored(tmp_path / dtype), stored(W8 / case)
+        assert typed(tmp_path / dtype) == typed(W8 / case)
+        for name, array in ours.items():
+            if name.endswith("deq_scale"):
+                assert array.dtype == stored_as
+                np.testing.assert_array_equal(derived.decode_deq_scale(array), derived.decode_deq_scale(theirs[name]), name)
+            elif not name.endswith((".bias", "lm_head.weight")):
+                np.testing.assert_array_equal(array, theirs[name], name, strict=True)
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_w8a8s_without_quant_bias_gets_one_and_keeps_its_scales(case: str, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(W8 / case, bare)
+    change_tensors(
+        next(bare.glob("*.safetensors")), lambda tensors: [tensors.pop(name) for name in [*tensors] if name.endswith("quant_bias")]
+    )
+    change_json(next(bare.glob("quant_model*.json")), lambda said: [said.pop(name) for name in [*said] if name.endswith("quant_bias")])
+    assert convert(bare, tmp_path / "out", "msmodelslim").exact
     ours, theirs = stored(tmp_path / "out"), stored(W8 / case)
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        if name.endswith("quant_bias"):  # the tool rounds bias / deq_scale in the model's dtype
+            np.testing.assert_allclose(ours[name], array, rtol=2**-7, atol=1)
+        else:
+            np.testing.assert_array_equal(ours[name], array, name, strict=True)
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_w8a8s_is_w8a8_to_who_has_no_word_for_it(case: str, tmp_path: Path) -> None:
+    """vllm-ascend has no W8A8S: its loader gets a weight_scale, which its static scheme does not use."""
+    convert(W8 / case, tmp_path / "ascend", "msmodelslim", consumer="vllm-ascend")
+    ours, theirs = stored(tmp_path / "ascend"), stored(W8 / case)
     layers = decoded(W8 / case)
     added = {f"{name}.{part}" for name in layers for part in ("weight_scale", "weight_offset")}
     assert ours.keys() == theirs.keys() | added
-    for name in theirs:
-        np.testing.assert_array_equal(ours[name], theirs[name], name, strict=True)
     for name, layer in layers.items():
-        np.testing.assert_array_equal(ours[f"{name}.weight_scale"], layer.steps[:, :1], name, strict=True)
+        np.testing.assert_array_equal(ours[f"{name}.weight"], theirs[f"{name}.weight"], name, strict=True)
+        scale = layer.steps[:, :1].astype(ours[f"{name}.weight_scale"].dtype)
+        np.testing.assert_array_equal(ours[f"{name}.weight_scale"], scale, name, strict=True)
         assert not ours[f"{name}.weight_offset"].any()
     labels = {name: label.replace("W8A8S", "W8A8") for name, label in typed(W8 / case).items()}
-    assert typed(tmp_path / "out") == labels | dict.fromkeys(added, "W8A8")
+    assert typed(tmp_path / "ascend") == labels | dict.fromkeys(added, "W8A8")
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_w8a8s_is_an_exact_w8a8_elsewhere(case: str, tmp_path: Path) -> None:
+    result = convert(W8 / case, tmp_path / "out", "compressed-tensors")
+    assert result.exact
+    checkpoint = open_checkpoint(tmp_path / "out")
+    for name, expected in decoded(W8 / case).items():
+        layer = checkpoint.layer(name)
+        np.testing.assert_array_equal(dequantize(layer), expected.weights, name, strict=True)
+        assert (kind_of(layer), layer.scheme.weights.sparse) == ("static", False)
 
 
 @pytest.mark.parametrize("case", ["v1_w4a8_dynamic", "v1_w8a8_dynamic", "v1_w8a8_static"])

@@ -35,18 +35,25 @@ def dtype_of(folder: Path) -> torch.dtype:
     return torch.bfloat16 if folder.name.endswith("_bf16") else torch.float16
 
 
-def samples(vocabulary: int = 128, length: int = 32) -> list[list[torch.Tensor]]:
+def samples() -> list[list[torch.Tensor]]:
     """The four samples that every golden of fixtures/msmodelslim_w8 was calibrated with."""
     generator = torch.Generator().manual_seed(7)
-    ids = [torch.randint(0, vocabulary, (1, length), generator=generator) for _ in range(4)]
-    return [[one, torch.ones(1, length, dtype=torch.long)] for one in ids]
+    ids = [torch.randint(0, 128, (1, 32), generator=generator) for _ in range(4)]
+    return [[one, torch.ones(1, 32, dtype=torch.long)] for one in ids]
+
+
+def older_samples() -> list[list[torch.Tensor]]:
+    """The four samples that every golden of fixtures/msmodelslim was calibrated with."""
+    ids = torch.randint(3, 512, (4, 48), generator=torch.Generator().manual_seed(7))
+    return [[one[None], torch.ones(1, 48, dtype=torch.long)] for one in ids]
 
 
 def stored(folder: Path) -> Tensors:
     """All tensors of a golden, of all its shards."""
     tensors: Tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
+        if not path.name.startswith("golden_"):
+            tensors |= load_file(path)
     return tensors
 
 
