@@ -231,7 +231,7 @@ class AntiOutlier:
         chosen = rows.to(divided.device)
         divided[chosen] /= scale.reshape(-1, *[1] * (divided.dim() - 1))
         _check_held(subgraph.source, divided)
-        multiplied = [target.weight * columns.reshape(1, -1) for target in targets]
+        multiplied = [(target.weight * columns.reshape(1, -1)).type_as(target.weight) for target in targets]
         for name, weight in zip(subgraph.targets, multiplied, strict=True):
             _check_held(name, weight)
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from formats.errors import UsageError
 
 from .attention import AttentionObserver
+from .blocks import Blocks
 from .config import MIX_TYPES, QuantConfig
 from .devices import resolve
 from .layers import STATIC_TYPES, QuantizedLayer, check_linear
@@ -114,6 +115,9 @@ class Calibrator:
         if not getattr(self.model, "hf_device_map", None):
             self.model.to(device)
         self.model.eval()
+        if self.cfg.w_method == "GPTQ":
+            self._run_by_layer(progress)
+            return
         stage = Stage(self.model, self._linears, self.cfg)
         self.layers = stage.layers
         stage.observe_ranges(self.calib_data)
@@ -134,6 +138,27 @@ class Calibrator:
         self.float_names = [name for name in self._linears if name not in self.layers]
         logger.info("linears that stay float: %s", ", ".join(self.float_names) or "none")
         self._linears.clear()  # the float weights are no longer needed
+
+    def _run_by_layer(self, progress: Progress) -> None:
+        """GPTQ: every decoder layer on what the rounded ones before it make."""
+        from .layerwise import Job, LayerRun
+
+        run = LayerRun(
+            Blocks(self.model), Job(self.cfg, self.mix_cfg, None, self.level), _listed(self.calib_data), frozenset(self._disabled)
+        )
+        floats = frozenset(run.wildest(progress)) if self.level else frozenset()
+        run.begin()
+        total = len(run.to_quantize(floats))
+        for made in run.layers(floats=floats, progress=progress):
+            self.range_parm |= made.range_parm
+            self.kv_cache |= made.kv_cache
+            self.attention |= made.attention
+            for name, layer in made.layers.items():
+                self.layers[name] = layer
+                progress("layers", len(self.layers), total)
+        self.float_names = [name for name in self._linears if name not in self.layers]
+        logger.info("linears that stay float: %s", ", ".join(self.float_names) or "none")
+        self._linears.clear()
 
     def save(
         self,
@@ -203,7 +228,6 @@ def wild_names(range_parm: Mapping[str, float], disabled: Collection[str], level
 def _check_supported(cfg: QuantConfig) -> None:
     """Refuse what msModelSlim has and this package does not, or not yet."""
     missing = {
-        "w_method='GPTQ'": cfg.w_method == "GPTQ",
         "w_method='NF' (its files cannot be dequantized)": cfg.w_method == "NF",
         "W4A4 (FlatQuant trains)": cfg.model_quant_type == "W4A4_FLATQUANT_DYNAMIC",
         "timestep_quant": cfg.use_timestep_quant,
@@ -232,6 +256,17 @@ def _checked_samples(samples: list[Any]) -> list[Any]:
     if repeated:
         logger.warning("calib_data: %d of %d samples repeat an earlier one, and add nothing", repeated, len(samples))
     return samples
+
+
+def _listed(samples: list[Any]) -> list[list[Tensor]]:
+    """Samples as [input_ids] or [input_ids, attention_mask]."""
+    found = []
+    for index, sample in enumerate(samples):
+        parts = [sample.get("input_ids"), sample.get("attention_mask")] if isinstance(sample, dict) else list(sample[:2])
+        if not isinstance(parts[0], Tensor) or parts[0].dim() != 2 or len(parts[0]) != 1:
+            raise UsageError(f"calib_data[{index}]: layer by layer a sample is [input_ids, attention_mask], each [1, tokens]")
+        found.append([part for part in parts if isinstance(part, Tensor)])
+    return found
 
 
 def _checked_mix(mix_cfg: dict[str, str]) -> dict[str, str]:

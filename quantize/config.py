@@ -24,7 +24,7 @@ from formats.errors import UsageError
 
 from .devices import device_name
 
-__all__ = ["ANTI_METHODS", "GROUP_SIZES", "MIX_TYPES", "AntiOutlierConfig", "QuantConfig"]
+__all__ = ["ANTI_METHODS", "GROUP_SIZES", "MIX_TYPES", "AntiOutlierConfig", "Awq", "Gptq", "QuantConfig"]
 
 GROUP_SIZES = (32, 64, 128, 256)
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -383,3 +383,57 @@ class AntiOutlierConfig:
                 raise UsageError(f"flex_config: {key!r} is not one of alpha, beta")
             if not _FLEX_KEYS[key](value):
                 raise UsageError(f"flex_config: {key} is {value!r}, not a number")
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Settings, with the published defaults.
+
+    act_order         round the inputs of the largest diagonal first (``desc_act``)
+    act_group_aware   the same for groups, and for the inputs within each; not with act_order, which already has them in order
+    static_groups     find the groups' scales before anything is rounded, so that act order leaves groups in place
+    percdamp          what is added to the diagonal, as a part of its mean, 0 to 1 (``damp_percent``)
+    block_size        inputs between two updates of the weight. It decides the speed, not the result
+    true_sequential   what reads a rounded linear's output is rounded after it, with that output as its input
+    mse               the power of the errors by which scales are searched, 2.4 where tools search; 0: from the largest weights
+    """
+
+    act_order: bool = False
+    act_group_aware: bool = False
+    static_groups: bool = False
+    percdamp: float = 0.01
+    block_size: int = 128
+    mse: float = 0.0
+    true_sequential: bool = True
+
+    def __post_init__(self) -> None:
+        _flags(self, "act_order", "act_group_aware", "static_groups", "true_sequential")
+        if self.act_order and self.act_group_aware:
+            raise UsageError("act_group_aware: act_order already sorts all inputs; choose one of them")
+        _number("percdamp", self.percdamp, 0, 1)
+        _whole("block_size", self.block_size, low=1)
+        _number("mse", self.mse, 0, 10)
+
+
+@dataclass(frozen=True)
+class Awq:
+    """Settings of the search for scales and clips, with AutoAWQ's defaults.
+
+    scale, clip   what is searched; grid: candidates of each
+    duo_scaling   scales weigh the weights' magnitudes too
+    max_shrink    the largest part by which a clip makes a magnitude smaller, 0 to 1
+    clip_tokens   tokens by which clips are judged
+    """
+
+    scale: bool = True
+    clip: bool = True
+    grid: int = 20
+    duo_scaling: bool = True
+    max_shrink: float = 0.5
+    clip_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        _flags(self, "scale", "clip", "duo_scaling")
+        _whole("grid", self.grid, low=1)
+        _whole("clip_tokens", self.clip_tokens, low=1)
+        _number("max_shrink", self.max_shrink, 0, 1)

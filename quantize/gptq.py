@@ -45,6 +45,7 @@ from torch import Tensor
 
 from formats.errors import RefusedError, UnreadableError, UsageError
 
+from .config import Gptq
 from .rounding import EPSILON, RoundedWeight
 
 __all__ = ["Gptq", "Hessian", "checked_width", "round_gptq"]
@@ -54,43 +55,6 @@ PANEL = 1024
 """Columns of the Hessian that one product adds to: below the diagonal it computes at most this many of them for nothing."""
 SHRINKS, STEPS = 80, 100
 """The search of ``mse``: ranges of (STEPS - i) / STEPS, for i below SHRINKS."""
-
-
-@dataclass(frozen=True)
-class Gptq:
-    """Settings, with the published defaults.
-
-    act_order         round the inputs of the largest diagonal first (``desc_act``)
-    act_group_aware   the same for groups, and for the inputs within each; not with act_order, which already has them in order
-    static_groups     find the groups' scales before anything is rounded, so that act order leaves groups in place
-    percdamp          what is added to the diagonal, as a part of its mean, 0 to 1 (``damp_percent``)
-    block_size        inputs between two updates of the weight. It decides the speed, not the result
-    mse               the power of the errors by which scales are searched, 2.4 where tools search; 0: from the largest weights
-    """
-
-    act_order: bool = False
-    act_group_aware: bool = False
-    static_groups: bool = False
-    percdamp: float = 0.01
-    block_size: int = 128
-    mse: float = 0.0
-
-    def __post_init__(self) -> None:
-        for field in ("act_order", "act_group_aware", "static_groups"):
-            if not isinstance(getattr(self, field), bool):
-                raise UsageError(f"{field}: is {getattr(self, field)!r}, and True or False was wanted")
-        if self.act_order and self.act_group_aware:
-            raise UsageError("act_group_aware: act_order already sorts all inputs; choose one of them")
-        if not _is_number(self.percdamp) or not 0 <= self.percdamp <= 1:
-            raise UsageError(f"percdamp: is {self.percdamp!r}, and a number from 0 to 1 was wanted; usual are 0.01 to 0.1")
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-            raise UsageError(f"block_size: is {self.block_size!r}, and a whole number from 1 was wanted; 128 is usual")
-        if not _is_number(self.mse) or not 0 <= self.mse < float("inf"):
-            raise UsageError(f"mse: is {self.mse!r}, and the power of the errors was wanted, usually 2.4, or 0 for no search")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Hessian:

@@ -12,7 +12,7 @@ from formats.errors import UnreadableError, UsageError
 from .config import QuantConfig
 from .rounding import RoundedWeight, round_groups, round_lowbit, round_outliers, round_plain, round_sparse, round_two_stages
 
-__all__ = ["STATIC_TYPES", "QuantizedLayer", "check_groups", "check_linear", "quantize_linear", "with_inputs"]
+__all__ = ["STATIC_TYPES", "QuantizedLayer", "check_groups", "check_linear", "quantize_linear", "rounded_layer", "with_inputs"]
 
 STATIC_TYPES = ("W8A8", "W8A8S")
 """Types whose activations have stored scales."""
@@ -34,6 +34,7 @@ class QuantizedLayer:
     input_scale            [1] static; input_offset the same, added to codes
     deq_scale              [out] (or [1]) float32: the product input_scale * weight_scale, rounded as the model's dtype rounds it
     quant_bias             [out] int32: round(bias / deq_scale - sum over in of codes * input_offset)
+    g_idx                  [in] int32, the group of each input where those are not in order (GPTQ's act order), else None
     weight_error           relative error of the weight: ||fake - weight|| / ||weight||
     """
 
@@ -52,6 +53,7 @@ class QuantizedLayer:
     input_offset: Tensor | None = None
     deq_scale: Tensor | None = None
     quant_bias: Tensor | None = None
+    g_idx: Tensor | None = None
     weight_error: float = 0.0
 
 
@@ -79,8 +81,13 @@ def check_groups(name: str, inputs: int, config: QuantConfig) -> None:
 
 def quantize_linear(name: str, linear: nn.Linear, config: QuantConfig) -> tuple[QuantizedLayer, Tensor]:
     """The layer's numbers without its input scales, and the fake weight [out, in] in the weight's dtype and place."""
-    weight = linear.weight.detach()
-    rounded = _rounded(weight, config)
+    return rounded_layer(name, linear, config, linear.weight.detach(), _rounded(linear.weight.detach(), config))
+
+
+def rounded_layer(
+    name: str, linear: nn.Linear, config: QuantConfig, weight: Tensor, rounded: RoundedWeight
+) -> tuple[QuantizedLayer, Tensor]:
+    """``rounded`` as a layer's numbers, and its fake weight; its error is measured against ``weight`` [out, in]."""
     norm = torch.linalg.vector_norm(weight.float())
     error = torch.linalg.vector_norm(rounded.fake.float() - weight.float()) / norm if norm > 0 else norm
 
@@ -99,6 +106,7 @@ def quantize_linear(name: str, linear: nn.Linear, config: QuantConfig) -> tuple[
         weight_scale_second=stored(rounded.scale_second),
         weight_offset_second=stored(rounded.offset_second),
         bias=stored(linear.bias),
+        g_idx=stored(rounded.g_idx),
         weight_error=float(error),
     )
     return layer, rounded.fake

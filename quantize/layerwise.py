@@ -30,9 +30,10 @@ from .anti_outlier import WRAPPED_NORMS, AntiOutlier, norms_of
 from .attention import AttentionObserver
 from .blocks import Blocks, Sample, States, inputs_of
 from .calibrator import wild_names
-from .config import AntiOutlierConfig, QuantConfig
+from .compensated import awq_rounded, awq_scaled, gptq_rounded
+from .config import AntiOutlierConfig, Awq, Gptq, QuantConfig
 from .devices import resolve
-from .layers import STATIC_TYPES, QuantizedLayer
+from .layers import STATIC_TYPES, QuantizedLayer, check_linear
 from .stage import FEATURE_SAMPLES, Progress, Stage, rounded_to_nearest
 
 __all__ = ["Job", "LayerRun", "MadeLayer", "whole_model_only"]
@@ -47,12 +48,20 @@ class Job:
     config          how linears are quantized; mix_cfg: other types, by name or pattern, as ``Calibrator`` has it
     anti_outlier    how their inputs are smoothed first, or None
     disable_level   so many linears of largest range_parm stay float
+    gptq            settings, where the config's w_method is GPTQ; awq: the search for scales and clips, or None
     """
 
     config: QuantConfig
     mix_cfg: Mapping[str, str] = field(default_factory=dict)
     anti_outlier: AntiOutlierConfig | None = None
     disable_level: int = 0
+    gptq: Gptq | None = None
+    awq: Awq | None = None
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether weights are rounded by what their inputs are."""
+        return self.config.w_method == "GPTQ" or self.awq is not None
 
     def config_of(self, name: str) -> QuantConfig | None:
         """The config of linear ``name``; None for a float one."""
@@ -165,7 +174,7 @@ class LayerRun:
         self._streams = {"smoothed": self._stream("smoothed", self.samples if cache else first)}
         if job.anti_outlier is not None:
             self._streams["float"] = self._stream("float", self.samples)
-        if self._has_static() or job.config.use_fa_quant:
+        if self._has_static() or job.config.use_fa_quant or job.is_searched:
             self._streams["quantized"] = self._stream("quantized", self.samples)
 
     def _stream(self, name: str, samples: Sequence[Sample]) -> _Stream:
@@ -266,6 +275,20 @@ class LayerRun:
         stage.observe_ranges(stream.inputs, stream.made if advance else None)
         return stage
 
+    def _rounded(
+        self, model: nn.Module, index: int, linears: Mapping[str, nn.Linear], configs: Mapping[str, QuantConfig]
+    ) -> Iterator[tuple[QuantizedLayer, Tensor]]:
+        """The layer's linears, rounded as the job says."""
+        if not self.job.is_searched or not configs:
+            return rounded_to_nearest(linears, configs)
+        inputs = self._streams["quantized"].inputs
+        if (awq := self.job.awq) is None:
+            return gptq_rounded(model, linears, configs, inputs, self.job.gptq or Gptq(percdamp=self.job.config.percdamp))
+        if awq.scale:
+            smoother = AntiOutlier(model, inputs, AntiOutlierConfig(anti_method="m4"), architecture=self.blocks.architecture, layer=index)
+            awq_scaled(model, smoother, smoother.subgraphs(), configs, inputs, awq)
+        return awq_rounded(model, linears, configs, inputs, awq)
+
     def _made(self, model: nn.Module, index: int, floats: frozenset[str], progress: Progress) -> MadeLayer:
         config, samples = self.job.config, self.samples
         smoothed = self._smooth(model, index)
@@ -275,7 +298,10 @@ class LayerRun:
             cache = stage.observe_cache(stream.inputs, config.kv_sym, stream.made)
         left = self.disabled | floats
         configs = {name: found for name in stage.linears if name not in left and (found := self.job.config_of(name)) is not None}
-        stage.round(rounded_to_nearest(stage.linears, configs), configs, bool(samples), lambda what, done, of: None)
+        for name, found in configs.items():
+            check_linear(name, stage.linears[name], found)
+        rounded = self._rounded(model, index, stage.linears, configs)
+        stage.round(rounded, configs, bool(samples), lambda what, done, of: None, split_digits=not self.job.is_searched)
         attention = AttentionObserver(model, config.disable_names or []) if config.use_fa_quant else None
         with attention.watching() if attention is not None else nullcontext():
             if (quantized := self._streams.get("quantized")) is not None:

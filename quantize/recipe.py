@@ -5,6 +5,8 @@
     about: static W8A8, down projections in float        # optional, for people
     anti_outlier: {anti_method: m2}                      # AntiOutlierConfig's arguments; left out: no smoothing
     quant: {w_bit: 8, a_bit: 8, mm_tensor: false}        # QuantConfig's arguments
+    gptq: {act_order: true, static_groups: true}         # Gptq's arguments, where quant says w_method: GPTQ; percdamp is quant's
+    awq: {grid: 20}                                      # Awq's arguments: search scales and clips; left out: no search
     kv_quant: {kv_sym: true}                             # QuantConfig.kv_quant's; left out: the cache stays float
     fa_quant: {fa_amp: 0}                                # QuantConfig.fa_quant's
     disable_level: L0                                    # Calibrator's
@@ -20,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -31,17 +33,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from formats.errors import UnreadableError, UsageError
 
-from .config import MIX_TYPES, AntiOutlierConfig, QuantConfig
+from .config import MIX_TYPES, AntiOutlierConfig, Awq, Gptq, QuantConfig
 
 __all__ = ["RECIPES", "Calibration", "Recipe", "load", "loads"]
 
-RECIPES = ("w8a8", "w8a8-dynamic", "w8a8-kv8", "w8a8-sparse", "w8a16", "w4a16-rtn")
+RECIPES = ("w8a8", "w8a8-dynamic", "w8a8-kv8", "w8a8-sparse", "w8a16", "w4a16-rtn", "w4a16-gptq", "w4a16-awq")
 """Names of the recipes that come with the package."""
 LARGEST = 1 << 20
 """Bytes of a recipe file: more is no recipe."""
 
 _DATA_FREE = ("W8A16", "W4A16", "W8A8_DYNAMIC", "W4A8_DYNAMIC")
-_DEVICE = ("dev_type", "dev_id")
+_ELSEWHERE = {QuantConfig: ("dev_type", "dev_id"), AntiOutlierConfig: ("dev_type", "dev_id"), Gptq: ("percdamp",)}
+"""Arguments that a recipe does not have in that section."""
 
 
 class _Section(BaseModel):
@@ -49,16 +52,19 @@ class _Section(BaseModel):
 
 
 def _section(name: str, config: type[Any]) -> type[_Section]:
-    """A section whose keys are the arguments of the dataclass ``config``, but for the device's."""
+    """A section whose keys are the arguments of the dataclass ``config``, but for those of ``_ELSEWHERE``."""
     hints = get_type_hints(config)
+    left = _ELSEWHERE.get(config, ())
     fields: dict[str, Any] = {
-        field.name: (hints[field.name], field.default) for field in dataclasses.fields(config) if field.init and field.name not in _DEVICE
+        field.name: (hints[field.name], field.default) for field in dataclasses.fields(config) if field.init and field.name not in left
     }
     return create_model(name, __base__=_Section, **fields)
 
 
 QuantSection = _section("QuantSection", QuantConfig)
 AntiOutlierSection = _section("AntiOutlierSection", AntiOutlierConfig)
+GptqSection = _section("GptqSection", Gptq)
+AwqSection = _section("AwqSection", Awq)
 
 
 class KvQuant(_Section):
@@ -91,6 +97,8 @@ class Recipe(_Section):
     about: str = ""
     anti_outlier: AntiOutlierSection | None = None  # type: ignore[valid-type]
     quant: QuantSection  # type: ignore[valid-type]
+    gptq: GptqSection | None = None  # type: ignore[valid-type]
+    awq: AwqSection | None = None  # type: ignore[valid-type]
     kv_quant: KvQuant | None = None
     fa_quant: FaQuant | None = None
     disable_level: str = Field(default="L0", pattern=r"^L(0|[1-9]\d*)$")
@@ -110,6 +118,28 @@ class Recipe(_Section):
         section: BaseModel | None = self.anti_outlier
         return None if section is None else AntiOutlierConfig(**section.model_dump(), dev_type=dev_type, dev_id=dev_id)
 
+    def gptq_settings(self) -> Gptq | None:
+        """GPTQ's settings, or None. Raises UsageError where they contradict each other, or the method is another one."""
+        config, section = self.quant_config(), self._settings(self.gptq)
+        if config.w_method != "GPTQ":
+            if self.gptq is not None:
+                raise UsageError(f"w_method is {config.w_method!r}; write GPTQ there, or leave these settings out")
+            return None
+        return Gptq(**section, percdamp=config.percdamp)
+
+    def awq_settings(self) -> Awq | None:
+        """AWQ's settings, or None. Raises UsageError as ``gptq_settings`` does."""
+        config = self.quant_config()
+        if self.awq is None:
+            return None
+        if config.w_method != "MinMax" or config.a_bit != 16:
+            raise UsageError(f"is for weights alone, w_method MinMax and a_bit 16, not {config.w_method} and {config.a_bit}")
+        return Awq(**self._settings(self.awq))
+
+    @staticmethod
+    def _settings(section: BaseModel | None) -> dict[str, Any]:
+        return {} if section is None else section.model_dump()
+
     @property
     def needs_data(self) -> bool:
         """Whether it cannot do without calibration data."""
@@ -118,6 +148,7 @@ class Recipe(_Section):
             config.model_quant_type not in _DATA_FREE
             or config.w_method == "GPTQ"
             or self.anti_outlier is not None
+            or self.awq is not None
             or config.use_kvcache_quant
             or config.use_fa_quant
             or self.disable_level != "L0"
@@ -164,7 +195,13 @@ def loads(text: str, name: str = "recipe") -> Recipe:
     except ValidationError as error:
         first = min(error.errors(), key=lambda one: lines.get(_known(lines, one["loc"]), 0))
         raise _mistake(name, lines, first["loc"], _sentence(first)) from None
-    for section, make in (("quant", recipe.quant_config), ("anti_outlier", recipe.anti_outlier_config)):
+    checks: dict[str, Callable[[], object]] = {
+        "quant": recipe.quant_config,
+        "anti_outlier": recipe.anti_outlier_config,
+        "gptq": recipe.gptq_settings,
+        "awq": recipe.awq_settings,
+    }
+    for section, make in checks.items():
         try:
             make()
         except UsageError as error:
@@ -257,6 +294,8 @@ def _keys() -> dict[Place, tuple[str, ...]]:
     sections: dict[str, type[BaseModel]] = {
         "quant": QuantSection,
         "anti_outlier": AntiOutlierSection,
+        "gptq": GptqSection,
+        "awq": AwqSection,
         "kv_quant": KvQuant,
         "fa_quant": FaQuant,
         "calibration": Calibration,

@@ -31,7 +31,7 @@ from formats import find_target
 from formats.arrays_file import ArraysFile
 from formats.checkpoint import Checkpoint, Location
 from formats.errors import RefusedError, UsageError
-from formats.ir import Array
+from formats.ir import Array, QuantizedLinear
 from formats.msmodelslim import MsModelSlim
 from formats.msmodelslim_target import scale_bias_columns
 from formats.safetensors_file import DTYPES
@@ -119,7 +119,7 @@ def _parts(layer: QuantizedLayer, wide: bool) -> dict[str, Array]:
     if layer.kind != "W8A8S":
         for part in ("weight_scale", "weight_offset"):
             parts[part] = to_numpy(getattr(layer, part))
-    for part in ("weight_scale_second", "weight_offset_second"):
+    for part in ("weight_scale_second", "weight_offset_second", "g_idx"):
         if (found := getattr(layer, part)) is not None:
             parts[part] = to_numpy(found)
     if layer.kind in STATIC_TYPES:
@@ -153,15 +153,33 @@ def _scale_biases(made: Made) -> tuple[dict[str, Array], dict[str, str]]:
     return found, dict.fromkeys(found, "W4A8_DYNAMIC")
 
 
-class WithNorms(MsModelSlim):
-    """A checkpoint whose AntiOutlier norm tensors are carried, as msModelSlim's own files have them."""
+class Spelled(MsModelSlim):
+    """What was quantized here, as msModelSlim spells it, and what it has no words for: ``g_idx`` [in] int32 of GPTQ's act order.
 
-    def __init__(self, location: Location, variant: str) -> None:
-        super().__init__(location, variant)
-        self.said["labels"] |= {name: type_ for name, type_ in self._types.items() if ".module." in name and type_ != "FLOAT"}
+    with_norms   AntiOutlier's norm tensors are carried, as msModelSlim's own files have them
+    """
+
+    def __init__(self, location: Location, with_norms: bool) -> None:
+        self._with_norms = with_norms
+        super().__init__(location, "safe_tensor")
+        if with_norms:
+            self.said["labels"] |= {name: type_ for name, type_ in self._types.items() if ".module." in name and type_ != "FLOAT"}
 
     def _leave_out(self, tensor: str, module: str, leaf: str) -> bool:
-        return False
+        if leaf == "g_idx" and module in self._kinds:
+            return True
+        return False if self._with_norms else super()._leave_out(tensor, module, leaf)
+
+    def layer_tensors(self, name: str) -> tuple[str, ...]:
+        own = f"{name}.g_idx"
+        return (*super().layer_tensors(name), *([own] if own in self.tensors else []))
+
+    def layer(self, name: str) -> QuantizedLinear:
+        layer, own = super().layer(name), f"{name}.g_idx"
+        if own not in self.tensors:
+            return layer
+        weights = replace(layer.scheme.weights, actorder="group")
+        return replace(layer, g_idx=self.tensors.array(own), scheme=replace(layer.scheme, weights=weights))
 
 
 def _norm_tensors(made: Made, variant: str) -> tuple[dict[str, Array], dict[str, str]]:
@@ -200,7 +218,7 @@ def checkpoint_of(made: Made, norms_for: str = "") -> Checkpoint:
         return ArraysFile(path, tensors, number)
 
     location = Location(NOWHERE, (_WEIGHTS, *documents), documents=documents, opener=opener)
-    return (WithNorms if norms_for else MsModelSlim)(location, "safe_tensor")
+    return Spelled(location, bool(norms_for))
 
 
 def description_of(cfg: QuantConfig, types: Mapping[str, str], kv_cache: bool, attention: bool) -> dict[str, Any]:

@@ -77,11 +77,18 @@ class Stage:
         return observer
 
     def round(
-        self, rounded: Rounded, configs: Mapping[str, QuantConfig], calibrated: bool, progress: Progress, keep_floats: bool = False
+        self,
+        rounded: Rounded,
+        configs: Mapping[str, QuantConfig],
+        calibrated: bool,
+        progress: Progress,
+        keep_floats: bool = False,
+        split_digits: bool = True,
     ) -> None:
         """Put a fake-quantized linear in the place of every linear of ``configs`` as ``rounded`` gives it.
 
         calibrated    there are samples to find the scales of inputs by; keep_floats: the float weights are still needed
+        split_digits  float inputs of per-group weights go through msModelSlim's integer split
         """
         for layer, weight in rounded:
             name, linear = layer.name, self.linears[layer.name]
@@ -93,11 +100,11 @@ class Stage:
                 linear.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
             progress("layers", len(self.layers), len(configs))
         for name, config in configs.items():
-            self._replaced[name].inputs = self._inputs(name, config, calibrated)
+            self._replaced[name].inputs = self._inputs(name, config, calibrated, split_digits)
 
-    def _inputs(self, name: str, config: QuantConfig, calibrated: bool) -> Callable[[Tensor], Tensor] | None:
+    def _inputs(self, name: str, config: QuantConfig, calibrated: bool, split_digits: bool) -> Callable[[Tensor], Tensor] | None:
         if config.a_bit > 8:
-            return DigitSplitter(config.w_bit) if config.do_msd and config.w_method != "GPTQ" else None
+            return DigitSplitter(config.w_bit) if config.do_msd and split_digits else None
         if not calibrated:
             return InputQuantizer(name, config, None)
         ratio = self.range_parm.get(name, 0.0)

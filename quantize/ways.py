@@ -50,13 +50,9 @@ class Request:
     @property
     def job(self) -> Job:
         """The recipe, on the device."""
-        recipe = self.recipe
-        return Job(
-            recipe.quant_config(self.device),
-            recipe.mix_cfg,
-            recipe.anti_outlier_config(self.device),
-            int(recipe.disable_level.removeprefix("L")),
-        )
+        recipe, level = self.recipe, int(self.recipe.disable_level.removeprefix("L"))
+        config, smooth = recipe.quant_config(self.device), recipe.anti_outlier_config(self.device)
+        return Job(config, recipe.mix_cfg, smooth, level, recipe.gptq_settings(), recipe.awq_settings())
 
     def tell(self, what: str, done: int, of: int, layer: LayerFigures | None = None) -> None:
         """Report progress."""

@@ -20,12 +20,11 @@ from safetensors.torch import save_file
 from convert.staging import Staging, sync
 from formats.checkpoint import Checkpoint, Location
 from formats.ir import Array, ArrayLike
-from formats.msmodelslim import MsModelSlim
 from formats.safetensors_file import SafetensorsFile, StoredFile, TensorInfo, TensorSet, TensorTable
 
 from .blocks import FLOAT_DTYPES, Blocks, Weights, to_torch
 from .progress import LayerFigures
-from .saving import DESCRIPTION, Made, WithNorms, config_of, description_of, extra_tensors, tensors_of
+from .saving import DESCRIPTION, Made, Spelled, config_of, description_of, extra_tensors, tensors_of
 
 __all__ = ["Finished", "Work", "digest_of"]
 
@@ -136,7 +135,7 @@ class Work:
             return openers[path.name](path, number)
 
         location = _Gathered(self.place, (*openers, *documents), documents=documents, opener=opener)
-        found = (WithNorms if self.norms_for else MsModelSlim)(location, "safe_tensor")
+        found = Spelled(location, bool(self.norms_for))
         order = {name: number for number, name in enumerate(dict.fromkeys([*blocks.model.state_dict(), *types, *norm_types]))}
         found.entries.sort(key=lambda entry: order[entry[1] if entry[0] == "plain" else f"{entry[1]}.weight"])
         return found
