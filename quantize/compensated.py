@@ -10,6 +10,7 @@ Scales are stored, and so rounded, in the model's own half precision (float16 fo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,17 +46,13 @@ def groups_by_input(model: nn.Module, linears: Mapping[str, nn.Linear], sample: 
     """
     seen: list[tuple[Tensor, list[str]]] = []
 
-    def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            names = next((names for values, names in seen if values is args[0]), None)
-            if names is None:
-                seen.append((args[0], names := []))
-            names.append(name)
+    def see(name: str, values: Tensor) -> None:
+        names = next((names for other, names in seen if other is values), None)
+        if names is None:
+            seen.append((values, names := []))
+        names.append(name)
 
-        return watch
-
-    with _hooks(linear.register_forward_pre_hook(watcher(name)) for name, linear in linears.items()):
-        forward(model, sample)
+    _watch(model, linears, [sample], see)
     groups: dict[frozenset[str], list[str]] = {}
     for _, names in seen:
         groups.setdefault(frozenset(map(_leaf, names)), []).extend(names)
@@ -86,25 +83,19 @@ def gptq_rounded(
 
 
 def _hessians(model: nn.Module, linears: Mapping[str, nn.Linear], samples: Sequence[Any]) -> dict[str, Hessian]:
-    """Of the inputs of each linear, over all samples; linears that get the same tensor share one."""
+    """Of the inputs of each linear, over all samples; linears that always get the same tensor share one."""
     hessians: dict[str, Hessian] = {}
     last: list[tuple[Tensor, Hessian]] = []
 
-    def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if last and last[0][0] is args[0] and hessians.get(name, last[0][1]) is last[0][1]:
-                hessians[name] = last[0][1]  # was told already
-                return
-            hessian = hessians.setdefault(name, Hessian(args[0].shape[-1], args[0].device))
-            hessian.add(args[0])
-            last[:] = [(args[0], hessian)]
+    def see(name: str, values: Tensor) -> None:
+        if last and last[0][0] is values and hessians.get(name, last[0][1]) is last[0][1]:
+            hessians[name] = last[0][1]  # was told already
+            return
+        hessian = hessians.setdefault(name, Hessian(values.shape[-1], values.device))
+        hessian.add(values)
+        last[:] = [(values, hessian)]
 
-        return watch
-
-    with _hooks(linear.register_forward_pre_hook(watcher(name)) for name, linear in linears.items()):
-        for sample in samples:
-            forward(model, sample)
-            last.clear()
+    _watch(model, linears, samples, see)
     return {name: hessians.get(name) or Hessian(linear.in_features) for name, linear in linears.items()}
 
 
@@ -201,10 +192,12 @@ def _replayed(model: nn.Module, name: str, samples: Sequence[Any]) -> Callable[[
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((args, kwargs))
+        raise _Enough
 
     with _hooks([module.register_forward_pre_hook(keep, with_kwargs=True)]):
         for sample in samples:
-            forward(model, sample)
+            with contextlib.suppress(_Enough):
+                forward(model, sample)
 
     def run() -> Iterator[Tensor]:
         for args, kwargs in calls:
@@ -217,14 +210,32 @@ def _replayed(model: nn.Module, name: str, samples: Sequence[Any]) -> Callable[[
 def _inputs_of(model: nn.Module, modules: Mapping[str, nn.Module], samples: Sequence[Any]) -> dict[str, list[Tensor]]:
     """What each module gets, sample by sample."""
     found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    _watch(model, modules, samples, lambda name, values: found[name].append(values.detach()))
+    return found
+
+
+class _Enough(Exception):  # noqa: N818 - it is no error
+    """Everything that was to be seen was seen."""
+
+
+def _watch(model: nn.Module, modules: Mapping[str, nn.Module], samples: Iterable[Any], see: Callable[[str, Tensor], None]) -> None:
+    """Run the model on every sample, as far as ``modules`` go; ``see`` is given the name and the input of each."""
+    waited: set[str] = set()
 
     def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: found[name].append(args[0].detach())
+        def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            see(name, args[0])
+            waited.discard(name)
+            if not waited:
+                raise _Enough
+
+        return watch
 
     with _hooks(module.register_forward_pre_hook(watcher(name)) for name, module in modules.items()):
         for sample in samples:
-            forward(model, sample)
-    return found
+            waited.update(modules)
+            with contextlib.suppress(_Enough):
+                forward(model, sample)
 
 
 class _hooks:  # noqa: N801 - it reads as a function
