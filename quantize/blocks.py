@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from convert.matrices import LEAF_ROWS
 from formats import Checkpoint, Location, open_checkpoint
-from formats.errors import UnreadableError, UsageError
-from formats.ir import dequantize, read
+from formats.errors import RefusedError, UnreadableError, UsageError
+from formats.ir import QuantizedLinear, dequantize, read
 
 from .architectures import Architecture, architecture_of
 
@@ -35,6 +36,9 @@ __all__ = ["Blocks", "Sample", "States", "Weights", "to_torch"]
 
 Sample = Sequence[Tensor]
 """[input_ids] or [input_ids, attention_mask], each [1, tokens]."""
+
+TILE = 1 << 22
+"""Weights that are dequantized at a time."""
 
 
 def to_torch(array: Any) -> Tensor:
@@ -66,10 +70,17 @@ class Weights:
         if module in self._layers:
             layer = self.checkpoint.layer(module)
             if leaf == "weight":
-                return self._floats(to_torch(dequantize(layer)))
+                return self._dequantized(layer)
             assert layer.bias is not None
             return self._floats(to_torch(read(layer.bias)))
         return self._floats(to_torch(read(cast(Any, self.checkpoint.plain(name).data))))
+
+    def _dequantized(self, layer: QuantizedLinear) -> Tensor:
+        weight = torch.empty(layer.shape, dtype=self.dtype)
+        step = max(1, TILE // layer.shape[1] // LEAF_ROWS) * LEAF_ROWS  # no layout's tiles are split there
+        for start in range(0, layer.shape[0], step):
+            weight[start : start + step] = to_torch(dequantize(layer, slice(start, start + step)))
+        return weight
 
     def _floats(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
@@ -172,9 +183,11 @@ class Blocks:
     def open(cls, folder: str | os.PathLike[str] | Checkpoint, dtype: torch.dtype | None = None) -> Blocks:
         """The decoder of a folder of any format of ours; ``dtype``: to compute in, the model's own by default.
 
-        :raises UnreadableError: transformers has no code for the model
+        :raises UnreadableError: transformers has no code for the model, or there is no config.json, not at the checkpoint's base either
+        :raises RefusedError: parts of the folder are not read yet, or change what the model computes as no weight can
         """
         checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(Path(folder))
+        _check_whole(checkpoint)
         model, own = shell(checkpoint)
         return cls(model, None, Weights(checkpoint, own if dtype is None else dtype))
 
@@ -208,6 +221,16 @@ class Blocks:
                 _put(self.model, path, module)
             if self._use_cache is not None:
                 self.config.use_cache = self._use_cache
+
+    def load(self) -> nn.Module:
+        """The whole model, in memory. Of a folder all weights are read; this object has none to read afterwards."""
+        for path, module in [*zip(self.names, self._layers, strict=True), *self._parts.items()]:
+            _put(self.model, path, self._filled(module, path))
+        self._parts = {path: self._module(path) for path in self._parts}
+        if self.weights is not None and f"{self.architecture.head}.weight" not in self.weights:
+            cast(Any, self.model).tie_weights()
+        self.weights = None
+        return self.model.eval()
 
     def begin(self, samples: Sequence[Sample], path: Path | None = None, device: torch.device | None = None) -> States:
         """The hidden states that the first layer gets."""
@@ -251,7 +274,10 @@ def shell(checkpoint: Checkpoint) -> tuple[nn.Module, torch.dtype]:
     import transformers
     from accelerate import init_empty_weights
 
-    location: Location = checkpoint.location
+    own: Location = checkpoint.location
+    location = own if own.base is None else own.base
+    if "config.json" not in location.names:
+        raise UnreadableError(f"{location.folder}: has no config.json, so it is no model's folder; name the float model's (base model)")
     library: Any = transformers
     try:
         config = library.AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
@@ -270,6 +296,18 @@ def shell(checkpoint: Checkpoint) -> tuple[nn.Module, torch.dtype]:
         found = (checkpoint.tensors[name].dtype for name in checkpoint.plain_names)
         said = next((dtype for name in found if (dtype := _DTYPES.get(name)) is not None), torch.float32)
     return model.eval(), said
+
+
+def _check_whole(checkpoint: Checkpoint) -> None:
+    """RefusedError unless the folder's dequantized weights are all that its linears multiply by."""
+    name = checkpoint.location.folder.name
+    for part in checkpoint.unsupported:
+        raise RefusedError(f"{part.name}: {part.why}, so {name} cannot be run; {len(checkpoint.unsupported)} layers are like that")
+    for tensor in checkpoint.functional:
+        raise RefusedError(f"{tensor}: is a step of its own at run time, which is not computed here, so {name} cannot be run")
+    for item in checkpoint.left_out:
+        if not item.holds(checkpoint.tensors):
+            raise RefusedError(f"{item.tensor}: {item.why} {item.otherwise}; {name} cannot be run")
 
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
