@@ -58,6 +58,12 @@ class Weights:
         self._layers = frozenset(checkpoint.layer_names)
         self._plain = frozenset(checkpoint.plain_names)
 
+    @property
+    def _home(self) -> str:
+        """Where the config is from."""
+        own = self.checkpoint.location
+        return (own if own.base is None else own.base).folder.name
+
     def __contains__(self, name: str) -> bool:
         module, _, leaf = name.rpartition(".")
         if module in self._layers:
@@ -88,14 +94,18 @@ class Weights:
     def fill(self, module: nn.Module, path: str) -> nn.Module:
         """``module``, whose parameters are on the meta device, with those that the folder has below ``path``."""
         state: dict[str, Tensor] = {}
-        for name in module.state_dict():
+        for name, wanted in module.state_dict().items():
             whole = f"{path}.{name}"
             if whole not in self:
                 raise UnreadableError(
                     f"{self.checkpoint.location.folder.name}: has no tensor {whole!r}, which this model's code wants; the folder is "
                     "incomplete, or its tensors are named otherwise than this transformers names them"
                 )
-            state[name] = self.tensor(whole)
+            state[name] = found = self.tensor(whole)
+            if found.shape != wanted.shape:
+                raise UnreadableError(
+                    f"{whole}: is {list(found.shape)}, and config.json of {self._home} makes it {list(wanted.shape)}; it is another model's"
+                )
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
 

@@ -112,7 +112,7 @@ def test_a_folder_is_loaded_whole(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     blocks = Blocks.open(tmp_path / "model")
     loaded: Any = blocks.load()
-    assert {key: value.dtype for key, value in loaded.state_dict().items()} == {key: torch.bfloat16 for key in model.state_dict()}
+    assert {key: value.dtype for key, value in loaded.state_dict().items()} == dict.fromkeys(model.state_dict(), torch.bfloat16)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == name.endswith("tied")
     if "eager" not in name:
         assert_equal(whole(loaded), whole(model))
