@@ -207,11 +207,11 @@ def evaluate_model(
     simulations = [one.simulation for one in (served, reference) if one is not None and one.simulation is not None]
     notes = tuple(dict.fromkeys(note for simulation in simulations for note in simulation.notes))
     seconds = {"open": opened - begin, "measure": time.monotonic() - opened}
-    name = None if against is None else os.fspath(against)
+    other_name = None if against is None else os.fspath(against)
     computed = str(served.blocks.dtype).removeprefix("torch.")
     return Evaluation(
-        os.fspath(folder), f"{checkpoint.format}:{checkpoint.variant}", schemes_of(checkpoint), name, found, length, str(place), computed,
-        measured, notes, seconds,
+        os.fspath(folder), f"{checkpoint.format}:{checkpoint.variant}", schemes_of(checkpoint), other_name, found, length, str(place),
+        computed, measured, notes, seconds,
     )  # fmt: skip
 
 

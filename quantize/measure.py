@@ -28,7 +28,7 @@ from formats.errors import DestinationError, UnreadableError, UsageError
 from .blocks import Blocks, Sample, States, inputs_of
 from .simulate import Simulation
 
-__all__ = ["Measured", "SampleFigures", "Served", "measure"]
+__all__ = ["Measured", "SampleFigures", "Served", "measure", "state_files"]
 
 IN_MEMORY = 1 << 30
 """Bytes of hidden states, of both models, that stay in memory."""
@@ -114,7 +114,8 @@ def measure(
     lengths = [int(sample[0].shape[1]) for sample in samples]
     count, drift = len(model.blocks), []
     tell = progress or (lambda done, of: None)
-    with torch.no_grad(), _files(models, lengths, work_dir) as paths:
+    sizes = [sum(lengths) * int(one.blocks.config.hidden_size) * one.blocks.dtype.itemsize for one in models]
+    with torch.no_grad(), state_files(sizes, work_dir) as paths:
         states = [one.blocks.begin(samples, path, device) for one, path in zip(models, paths, strict=True)]
         for layer in range(count):
             for one, held in zip(models, states, strict=True):
@@ -145,18 +146,17 @@ def _check(models: Sequence[Served], samples: Sequence[Sample]) -> None:
 
 
 @contextlib.contextmanager
-def _files(models: Sequence[Served], lengths: Sequence[int], work_dir: Path | None) -> Iterator[list[Path | None]]:
-    """A path for each model's hidden states, in a folder that is removed afterwards; None where memory will do."""
-    size = sum(sum(lengths) * int(one.blocks.config.hidden_size) * one.blocks.dtype.itemsize for one in models)
-    if size <= IN_MEMORY:
-        yield [None for _ in models]
+def state_files(sizes: Sequence[int], work_dir: Path | None) -> Iterator[list[Path | None]]:
+    """Paths for hidden states of so many bytes, in a folder that is removed afterwards; None each where memory will do."""
+    if sum(sizes) <= IN_MEMORY:
+        yield [None for _ in sizes]
         return
     try:
         folder = tempfile.TemporaryDirectory(prefix="weighbridge-states-", dir=work_dir)
     except OSError as error:
         raise DestinationError(f"{work_dir or tempfile.gettempdir()}: hidden states cannot be kept there ({error.strerror})") from None
     with folder as place:
-        yield [Path(place, str(number)) for number in range(len(models))]
+        yield [Path(place, str(number)) for number in range(len(sizes))]
 
 
 @contextlib.contextmanager
