@@ -31,3 +31,13 @@ TO = typer.Option(
     metavar="FORMAT[:VARIANT]",
     help="awq, gptq, gptq:v2, compressed-tensors, msmodelslim, dense; `weighbridge formats` lists them.",
 )
+DEVICE = typer.Option("cpu", "--device", metavar="npu:0|cuda|cpu", help="Where the model is run.")
+DTYPE = typer.Option(
+    None, "--dtype", metavar="auto|float32|float16|bfloat16", help="What to compute in. Default: float32 on a CPU, else the model's own."
+)
+WORK_DIR = typer.Option(
+    None, "--work-dir", help="Where what does not fit in memory lies meanwhile. Default: the system's temporary folder."
+)
+DATA_TEMPLATE = typer.Option(
+    None, "--template", help="How an object becomes a text: boolq, text, prompt, ... or keys in braces. Default: the one that fits."
+)

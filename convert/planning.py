@@ -200,11 +200,8 @@ class Planner:
         if not probe:
             return
         self.notes.extend(f"{finding.where}: {finding.what}" for finding in self.checkpoint.data_findings())
-        tensors = self.checkpoint.tensors
         for item in self.checkpoint.left_out:
-            data = tensors.array(item.tensor)
-            holds = not data.any() if item.condition == "zero" else data.tobytes() == tensors.array(item.other).tobytes()
-            if not holds:
+            if not item.holds(self.checkpoint.tensors):
                 hint = "undo the smoothing before quantizing, or convert a checkpoint made without it"
                 self.ledger.refuse("norm", item.tensor, f"to be kept, since {item.why} {item.otherwise}", "has no slot for it", hint)
 

@@ -185,3 +185,102 @@ def print_quantized(result: Any, blocks: Sequence[Any]) -> None:
     for note in result.notes:
         echo(f"  note: {note}")
     echo("  " + ", ".join(f"{step} {seconds:.1f} s" for step, seconds in result.seconds.items()))
+
+
+def print_evaluation(result: Any) -> None:
+    """Figures of the model and of what it is measured against."""
+    schemes = ", ".join(f"{count} x {scheme}" for scheme, count in result.schemes.items()) or "float"
+    echo(f"{result.folder}: {result.format}, {schemes}")
+    what = {"text": f"windows of {result.length} tokens", "texts": "texts", "questions": "questions"}[result.data.kind]
+    where = f"{result.data.name}: {len(result.data.samples)} {what}, {result.tokens} tokens, {result.positions} predictions"
+    echo(f"{where}; {result.dtype} on {result.device}")
+    model, reference, rows = result.model, result.reference, []
+    figures = (("perplexity", "{:.4f}"), ("top1", "{:.4f}"), ("accuracy", "{}"))
+    names = {"perplexity": "perplexity", "top1": "top-1 accuracy of the next token", "accuracy": "accuracy"}
+    for name, text in figures:
+        if getattr(model, name) is not None:
+            rows.append([names[name], text.format(getattr(model, name)), text.format(getattr(reference, name)) if reference else ""])
+    if reference is not None:
+        if result.perplexity_change is not None:
+            rows.append(["change of the perplexity", f"{100 * result.perplexity_change:+.2f} %", ""])
+        rows.append(["mean KL divergence, nats", f"{result.kl:.4g}", ""])
+        rows.append(["same likeliest token", f"{100 * result.agreement:.2f} %", ""])
+        if result.same_answers is not None:
+            rows.append(["same answer", f"{100 * result.same_answers:.2f} %", ""])
+        rows.append(["hidden states apart, first and last layer", f"{result.measured.drift[0]:.4f}, {result.measured.drift[-1]:.4f}", ""])
+    columns = ["figure", "model"] if reference is None else ["figure", "model", "reference"]
+    print_table(f"Against {result.against}" if reference else "Figures", columns, [row[: len(columns)] for row in rows], right=(1, 2))
+    for note in result.notes:
+        echo(f"note: {note}")
+
+
+def print_tasks(result: Any) -> None:
+    """What lm-evaluation-harness says, beside the reference."""
+    rows = []
+    for task, figures in result.tasks.items():
+        for name, value in figures.items():
+            metric = name.partition(",")[0]
+            if isinstance(value, float) and not metric.endswith("_stderr"):
+                others = [] if result.reference is None else [result.reference[task]]
+                said = [f"{one[name]:.4f}{_error(one.get(name.replace(metric, f'{metric}_stderr', 1)))}" for one in (figures, *others)]
+                rows.append([task, metric, *said])
+    columns = ["task", "figure", "model"] + ([] if result.reference is None else ["reference"])
+    print_table(result.folder, columns, rows, right=(2, 3))
+    for note in result.notes:
+        echo(f"note: {note}")
+
+
+def _error(value: Any) -> str:
+    return f" +- {value:.4f}" if isinstance(value, float) else ""
+
+
+def print_analysis(result: Any, top: int) -> None:
+    """Linears, worst first."""
+    rows = []
+    for linear in result.linears[:top]:
+        errors = [linear.weight_error, linear.output_error] if linear.kind != "FLOAT" else [None, None]
+        values = [f"{value:.4f}" if value is not None else "" for value in errors]
+        rows.append([linear.name, linear.kind, "" if linear.range_parm is None else f"{linear.range_parm:.2f}", *values])
+    what = {"output": "error of the output", "range": "range_parm", "weight": "error of the weight"}[result.rank]
+    title = f"{result.model}, {result.recipe.name}: linears by {what}, worst first"
+    print_table(title, ["linear", "kind", "range_parm", "weight error", "output error"], rows, right=(2, 3, 4))
+    left = len(result.linears) - top
+    if left > 0:
+        echo(f"... and {left} more (--top lists them)")
+    for note in result.notes:
+        echo(f"note: {note}")
+
+
+def print_scores(result: Any, top: int) -> None:
+    """The samples that quantization moves most and least, and what was written."""
+    ranked = result.ranked
+    shown = ranked if len(ranked) <= 2 * top else [*ranked[:top], None, *ranked[-top:]]
+    asked = any(one.answer is not None for one in ranked)
+    rows = []
+    for one in shown:
+        if one is None:
+            rows.append(["..."])
+            continue
+        answer = "" if one.answer is None else f"{_word(one.float_answer)} -> {_word(one.quantized_answer)}{' !' if one.flips else ''}"
+        marks = "chosen" if one.chosen else "repeats" if one.repeats else ""
+        begin = "" if one.line is None else one.line[:40]
+        said = [f"{one.file}{one.where}", str(one.tokens), f"{one.kl:.3g}", f"{one.last_kl:.3g}", "yes" if one.same_token else "no"]
+        rows.append([*said, *([answer] if asked else []), marks, begin])
+    columns = ["sample", "tokens", "KL, all", "KL, last", "same token", *(["answer"] if asked else []), "", "begins"]
+    title = f"{result.model}, {result.quantized}: samples by {result.position} positions, most moved first"
+    print_table(title.replace("last positions", "the last position"), columns, rows, right=(1, 2, 3))
+    echo("mean: " + ", ".join(f"{file} {score:.3g}" for file, score in result.by_file.items()))
+    if asked:
+        questions = [one for one in ranked if one.answer is not None]
+        right = [sum(getattr(one, who) == one.answer for one in questions) for who in ("float_answer", "quantized_answer")]
+        flips = sum(bool(one.flips) for one in questions)
+        echo(f"answers: {flips} of {len(questions)} flip; right {right[0]} in float, {right[1]} quantized")
+    if result.out is not None:
+        more = f" after {result.extended} lines of the calibration data" if result.extended else ""
+        echo(f"{result.out}: {sum(one.chosen for one in ranked)} samples written{more}")
+    for note in result.notes:
+        echo(f"note: {note}")
+
+
+def _word(answer: bool | None) -> str:
+    return "yes" if answer else "no"

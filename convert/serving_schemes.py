@@ -42,10 +42,11 @@ def default_dtype(engine: str, kind: str, environment: Environment) -> str:
     return "float16" if engine == "lmdeploy" else "float32"
 
 
-def activations_of(source: Checkpoint, served: Checkpoint | None) -> dict[str, dict[str, Any]]:
+def activations_of(source: Checkpoint, served: Checkpoint | None, static: bool = False) -> dict[str, dict[str, Any]]:
     """By module, how its inputs are quantized: what ``serve_engine.quantize_inputs`` takes.
 
-    Where the source has static scales beside a mode that measures them (msModelSlim's W8A8_MIX), the served folder decides.
+    Where the source has static scales beside a mode that measures them (msModelSlim's W8A8_MIX), the served folder decides; without
+    one, ``static`` does.
     """
     facts = {}
     theirs = set() if served is None else set(served.layer_names)
@@ -56,7 +57,7 @@ def activations_of(source: Checkpoint, served: Checkpoint | None) -> dict[str, d
         args = layer.scheme.inputs
         both = args.dynamic and layer.input_scale is not None
         other = served.layer(name).scheme.inputs if served is not None and name in theirs else None
-        dynamic = other.dynamic if both and other is not None else args.dynamic
+        dynamic = other.dynamic if both and other is not None else args.dynamic and not (both and static)
         fact: dict[str, Any] = {"element": args.element, "bits": args.bits, "dynamic": dynamic, "strategy": args.strategy}
         if dynamic:
             fact["symmetric"] = args.symmetric or both  # the zero point beside a mode that measures is the static one's

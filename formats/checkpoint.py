@@ -144,6 +144,11 @@ class LeftOut:
     why: str
     otherwise: str
 
+    def holds(self, tensors: TensorSet) -> bool:
+        """Whether the condition holds; reads the tensor."""
+        data = tensors.array(self.tensor)
+        return not data.any() if self.condition == "zero" else data.tobytes() == tensors.array(self.other).tobytes()
+
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:

@@ -18,6 +18,11 @@ configs need neither.
 ``attention``        scales of 8-bit attention (FA3)
 ``calibrator``       ``Calibrator``: which layers, calibration, results
 ``anti_outlier``     ``AntiOutlier``: smoothing before quantization
+``blocks``           a decoder, one layer at a time
+``simulate``         what a quantized folder computes
+``evaluation``       ``evaluate_model``: perplexity, accuracy, KL divergence of a folder; ``measure`` is its core
+``analyze``          ``analyze_model``: which linears suffer from quantization
+``scoring``          ``score_samples``: which samples do, and calibration data chosen by it
 ===================  ==========================================================================================
 
 The numbers follow msModelSlim 26.1.0, whose kernels are compiled: each formula was read off the tensor operations that the real
@@ -30,22 +35,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analyze import analyze_model
     from .anti_outlier import AntiOutlier
     from .calibrator import Calibrator
     from .config import AntiOutlierConfig, QuantConfig
+    from .evaluation import evaluate_model
+    from .scoring import score_samples
 
-__all__ = ["AntiOutlier", "AntiOutlierConfig", "Calibrator", "QuantConfig"]
+__all__ = ["AntiOutlier", "AntiOutlierConfig", "Calibrator", "QuantConfig", "analyze_model", "evaluate_model", "score_samples"]
 
 _HOMES = {
     "AntiOutlier": "anti_outlier",
     "AntiOutlierConfig": "config",
     "Calibrator": "calibrator",
     "QuantConfig": "config",
+    "analyze_model": "analyze",
+    "evaluate_model": "evaluation",
+    "score_samples": "scoring",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a class's module when the class is first used, so that the configs need no torch."""
+    """Import a name's module when it is first used, so that the configs need no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'quantize' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -344,7 +344,7 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _checked_data(data: Sequence[Sample] | None) -> Sequence[Sample]:
-    if not isinstance(data, (list, tuple)) or not data:
+    if not isinstance(data, Sequence) or isinstance(data, str) or not data:
         raise UsageError("calib_data: is empty, and a list of samples was wanted, each [input_ids, attention_mask]")
     for index, sample in enumerate(data):
         if not isinstance(sample, (list, tuple, dict)) or not sample:

@@ -11,7 +11,7 @@ By head, over all tokens of a sample: the narrowest window of the sorted values 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,9 +22,41 @@ from formats.errors import UnreadableError, UsageError
 
 from .rounding import linear_parameters
 
-__all__ = ["AttentionObserver", "HeadRange"]
+__all__ = ["AttentionObserver", "HeadRange", "attention_modules", "wrapped_attention"]
 
 RECALL = {"q": 0.9999, "k": 0.9999, "v": 1.0}
+
+Attention = Callable[..., Any]
+"""Called by transformers as (module, queries, keys, values, ...), the states [batch, heads, tokens, head size]."""
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``model`` that call an attention function of transformers, by name."""
+    return {
+        name: module for name, module in model.named_modules() if type(module).__name__.endswith("Attention") and hasattr(module, "config")
+    }
+
+
+@contextmanager
+def wrapped_attention(modules: Iterable[nn.Module], wrap: Callable[[Attention], Attention]) -> Iterator[None]:
+    """While this lasts, what transformers calls is ``wrap`` of each attention function, also of those in the modules' own files."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    registry: Any = ALL_ATTENTION_FUNCTIONS
+    before = {kind: registry[kind] for kind in list(registry.keys())}
+    homes = {importlib.import_module(type(module).__module__) for module in modules}
+    eager = {home: vars(home)["eager_attention_forward"] for home in homes if "eager_attention_forward" in vars(home)}
+    try:
+        for kind, function in before.items():
+            registry[kind] = wrap(function)
+        for home, function in eager.items():
+            vars(home)["eager_attention_forward"] = wrap(function)
+        yield
+    finally:
+        for kind, function in before.items():
+            registry[kind] = function
+        for home, function in eager.items():
+            vars(home)["eager_attention_forward"] = function
 
 
 class HeadRange:
@@ -50,11 +82,7 @@ class AttentionObserver:
     """Watches every attention module of a model but those named in ``skip``."""
 
     def __init__(self, model: nn.Module, skip: list[str]) -> None:
-        self._names = {
-            module: name
-            for name, module in model.named_modules()
-            if type(module).__name__.endswith("Attention") and name not in skip and hasattr(module, "config")
-        }
+        self._names = {module: name for name, module in attention_modules(model).items() if name not in skip}
         if not self._names:
             raise UsageError("fa_quant: this model has no attention module of transformers' kind (a class *Attention with a config)")
         self._ranges: dict[str, HeadRange] = {}
@@ -66,7 +94,7 @@ class AttentionObserver:
         for kind, tensor in zip("qkv", states, strict=True):
             self._ranges.setdefault(f"{name}.fa_{kind}", HeadRange(RECALL[kind])).update(tensor)
 
-    def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _watched(self, function: Attention) -> Attention:
         def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
             self._see(module, (query, key, value))
             return function(module, query, key, value, *args, **kwargs)
@@ -76,23 +104,8 @@ class AttentionObserver:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While this lasts, every call of an attention function is seen."""
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        registry: Any = ALL_ATTENTION_FUNCTIONS
-        before = {kind: registry[kind] for kind in list(registry.keys())}
-        homes = {importlib.import_module(type(module).__module__) for module in self._names}
-        eager = {home: vars(home)["eager_attention_forward"] for home in homes if "eager_attention_forward" in vars(home)}
-        try:
-            for kind, function in before.items():
-                registry[kind] = self._watched(function)
-            for home, function in eager.items():
-                vars(home)["eager_attention_forward"] = self._watched(function)
+        with wrapped_attention(self._names, self._watched):
             yield
-        finally:
-            for kind, function in before.items():
-                registry[kind] = function
-            for home, function in eager.items():
-                vars(home)["eager_attention_forward"] = function
 
     def finish(self) -> dict[str, Tensor]:
         """``<attention>.fa_q.scale`` [heads, 1] in the states' dtype and ``.offset`` [heads, 1] int8, and the same for k and v."""

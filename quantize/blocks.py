@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from convert.matrices import LEAF_ROWS
 from formats import Checkpoint, Location, open_checkpoint
-from formats.errors import UnreadableError, UsageError
-from formats.ir import dequantize, read
+from formats.errors import RefusedError, UnreadableError, UsageError
+from formats.ir import QuantizedLinear, dequantize, read
 
 from .architectures import Architecture, architecture_of
 
@@ -38,6 +39,9 @@ FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float
 
 Sample = Sequence[Tensor]
 """[input_ids] or [input_ids, attention_mask], each [1, tokens]."""
+
+TILE = 1 << 22
+"""Weights that are dequantized at a time."""
 
 
 def to_torch(array: Any) -> Tensor:
@@ -57,6 +61,12 @@ class Weights:
         self._layers = frozenset(checkpoint.layer_names)
         self._plain = frozenset(checkpoint.plain_names)
 
+    @property
+    def _home(self) -> str:
+        """Where the config is from."""
+        own = self.checkpoint.location
+        return (own if own.base is None else own.base).folder.name
+
     def __contains__(self, name: str) -> bool:
         module, _, leaf = name.rpartition(".")
         if module in self._layers:
@@ -69,10 +79,17 @@ class Weights:
         if module in self._layers:
             layer = self.checkpoint.layer(module)
             if leaf == "weight":
-                return self._floats(to_torch(dequantize(layer)))
+                return self._dequantized(layer)
             assert layer.bias is not None
             return self._floats(to_torch(read(layer.bias)))
         return self._floats(to_torch(read(cast(Any, self.checkpoint.plain(name).data))))
+
+    def _dequantized(self, layer: QuantizedLinear) -> Tensor:
+        weight = torch.empty(layer.shape, dtype=self.dtype)
+        step = max(1, TILE // layer.shape[1] // LEAF_ROWS) * LEAF_ROWS  # no layout's tiles are split there
+        for start in range(0, layer.shape[0], step):
+            weight[start : start + step] = to_torch(dequantize(layer, slice(start, start + step)))
+        return weight
 
     def _floats(self, tensor: Tensor) -> Tensor:
         # Always a copy, in memory of torch's own alignment, on which the last bits of matrix products depend.
@@ -81,14 +98,18 @@ class Weights:
     def fill(self, module: nn.Module, path: str) -> nn.Module:
         """``module``, whose parameters are on the meta device, with those that the folder has below ``path``."""
         state: dict[str, Tensor] = {}
-        for name in module.state_dict():
+        for name, wanted in module.state_dict().items():
             whole = f"{path}.{name}"
             if whole not in self:
                 raise UnreadableError(
                     f"{self.checkpoint.location.folder.name}: has no tensor {whole!r}, which this model's code wants; the folder is "
                     "incomplete, or its tensors are named otherwise than this transformers names them"
                 )
-            state[name] = self.tensor(whole)
+            state[name] = found = self.tensor(whole)
+            if found.shape != wanted.shape:
+                raise UnreadableError(
+                    f"{whole}: is {list(found.shape)}, and config.json of {self._home} makes it {list(wanted.shape)}; it is another model's"
+                )
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
 
@@ -176,9 +197,11 @@ class Blocks:
     def open(cls, folder: str | os.PathLike[str] | Checkpoint, dtype: torch.dtype | None = None) -> Blocks:
         """The decoder of a folder of any format of ours; ``dtype``: to compute in, the model's own by default.
 
-        :raises UnreadableError: transformers has no code for the model
+        :raises UnreadableError: transformers has no code for the model, or there is no config.json, not at the checkpoint's base either
+        :raises RefusedError: parts of the folder are not read yet, or change what the model computes as no weight can
         """
         checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(Path(folder))
+        _check_whole(checkpoint)
         model, own = shell(checkpoint)
         return cls(model, None, Weights(checkpoint, own if dtype is None else dtype))
 
@@ -212,6 +235,16 @@ class Blocks:
                 _put(self.model, path, module)
             if self._use_cache is not None:
                 self.config.use_cache = self._use_cache
+
+    def load(self) -> nn.Module:
+        """The whole model, in memory. Of a folder all weights are read; this object has none to read afterwards."""
+        for path, module in [*zip(self.names, self._layers, strict=True), *self._parts.items()]:
+            _put(self.model, path, self._filled(module, path))
+        self._parts = {path: self._module(path) for path in self._parts}
+        if self.weights is not None and f"{self.architecture.head}.weight" not in self.weights:
+            cast(Any, self.model).tie_weights()
+        self.weights = None
+        return self.model.eval()
 
     def begin(self, samples: Sequence[Sample], path: Path | None = None, device: torch.device | None = None) -> States:
         """The hidden states that the first layer gets."""
@@ -259,7 +292,10 @@ def shell(checkpoint: Checkpoint) -> tuple[nn.Module, torch.dtype]:
     import transformers
     from accelerate import init_empty_weights
 
-    location: Location = checkpoint.location
+    own: Location = checkpoint.location
+    location = own if own.base is None else own.base
+    if "config.json" not in location.names:
+        raise UnreadableError(f"{location.folder}: has no config.json, so it is no model's folder; name the float model's (base model)")
     library: Any = transformers
     try:
         config = library.AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
@@ -278,6 +314,18 @@ def shell(checkpoint: Checkpoint) -> tuple[nn.Module, torch.dtype]:
         found = (checkpoint.tensors[name].dtype for name in checkpoint.plain_names)
         said = next((dtype for name in found if (dtype := FLOAT_DTYPES.get(name)) is not None), torch.float32)
     return model.eval(), said
+
+
+def _check_whole(checkpoint: Checkpoint) -> None:
+    """RefusedError unless the folder's dequantized weights are all that its linears multiply by."""
+    name = checkpoint.location.folder.name
+    for part in checkpoint.unsupported:
+        raise RefusedError(f"{part.name}: {part.why}, so {name} cannot be run; {len(checkpoint.unsupported)} layers are like that")
+    for tensor in checkpoint.functional:
+        raise RefusedError(f"{tensor}: is a step of its own at run time, which is not computed here, so {name} cannot be run")
+    for item in checkpoint.left_out:
+        if not item.holds(checkpoint.tensors):
+            raise RefusedError(f"{item.tensor}: {item.why} {item.otherwise}; {name} cannot be run")
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

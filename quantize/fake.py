@@ -23,7 +23,7 @@ from .config import QuantConfig
 from .observers import Observer, split_by_digits
 from .rounding import codes_of, dequantized, linear_parameters
 
-__all__ = ["DigitSplitter", "FakeQuantLinear", "InputQuantizer", "quantize_cache"]
+__all__ = ["DigitSplitter", "FakeQuantLinear", "InputQuantizer", "quantize_cache", "rounded_states"]
 
 
 class InputQuantizer:
@@ -109,6 +109,18 @@ class DigitSplitter:
         return split_by_digits(values, self.bits)
 
 
+def rounded_states(states: Tensor, scale: Tensor, offset: Tensor, bits: int = 8) -> Tensor:
+    """Keys or values [batch, heads, tokens, head size] rounded to integers of ``bits`` and dequantized again, in their dtype.
+
+    scale, offset   [1], [heads, 1, 1], or [heads * head size] by channel; the offset is added to codes
+    """
+    heads, size = states.shape[1], states.shape[3]
+    if scale.numel() == heads * size:
+        scale, offset = scale.reshape(heads, 1, size), offset.reshape(heads, 1, size)
+    scale, offset = scale.to(states.device), offset.to(states.device)
+    return dequantized(codes_of(states, scale, offset, bits), scale, offset, states)
+
+
 def quantize_cache(attention: nn.Module, scales: dict[str, Tensor]) -> Any:
     """Round what ``attention`` adds to its KV cache, after each call, to int8 by channel. Returns the hook's handle.
 
@@ -129,9 +141,6 @@ def quantize_cache(attention: nn.Module, scales: dict[str, Tensor]) -> Any:
         for kind, field, old in (("k", "keys", "key_cache"), ("v", "values", "value_cache")):
             held = getattr(tensors, field) if tensors is not None else getattr(cache, old)[layer]
             new = held[:, :, -hidden.shape[1] :, :]  # [batch, kv heads, new tokens, head size]
-            flat = new.transpose(1, 2).reshape(new.shape[0], new.shape[2], -1)
-            scale, offset = (scales[f"{kind}_{part}"].to(flat.device) for part in ("scale", "offset"))
-            rounded = dequantized(codes_of(flat, scale, offset, 8), scale, offset, flat)
-            new.copy_(rounded.reshape(new.shape[0], new.shape[2], new.shape[1], new.shape[3]).transpose(1, 2))
+            new.copy_(rounded_states(new, scales[f"{kind}_scale"], scales[f"{kind}_offset"]))
 
     return attention.register_forward_hook(after, with_kwargs=True)

@@ -99,6 +99,21 @@ class MadeLayer:
     smoothed: tuple[str, ...] = ()
 
 
+class _Inputs(Sequence[dict[str, Tensor]]):
+    """What a stage is called with, made when it is asked for: hidden states may be more than memory holds."""
+
+    def __init__(self, states: States, samples: Sequence[Sample]) -> None:
+        self._states, self._samples = states, samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        return inputs_of(self._states[index], self._samples[index])
+
+
 class _Stream:
     """Hidden states on their way through the layers: ``inputs`` of the layer at hand, and what is made of them.
 
@@ -134,10 +149,10 @@ class _Stream:
         self._next = self._now if self._place is None else self._open(index + 1)
 
     @property
-    def inputs(self) -> list[dict[str, Tensor]]:
+    def inputs(self) -> Sequence[dict[str, Tensor]]:
         """What the stage's model is called with, sample by sample."""
         assert self._now is not None
-        return [inputs_of(hidden, sample) for hidden, sample in zip(self._now, self.samples, strict=True)]
+        return _Inputs(self._now, self.samples)
 
     def made(self, index: int, output: Any) -> None:
         """The layer made this of sample ``index``."""

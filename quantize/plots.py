@@ -1,4 +1,4 @@
-"""A picture of how each layer fared: range_parm of its input above, the error of its weight below. Needs matplotlib."""
+"""A picture of how each layer fared: range_parm of its input, the error of its weight and, if measured, of its output. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 def draw(layers: Sequence[LayerFigures], title: str = "") -> Figure:
     """One point for each layer, by its place in the model, in a colour for each kind of linear."""
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    ranges, errors = figure.subplots(2, 1, sharex=True)
+    panels = [("range_parm", "range_parm of the input"), ("weight_error", "relative error of the weight")]
+    if any(layer.output_error is not None for layer in layers):
+        panels.append(("output_error", "relative error of the output"))
+    figure = Figure(figsize=(10, 3 * len(panels)), layout="constrained")
     leaves = list(dict.fromkeys(layer.leaf for layer in layers))
     order = {name: number for number, name in enumerate(dict.fromkeys(layer.block for layer in layers))}
-    for leaf in leaves:
-        chosen = [layer for layer in layers if layer.leaf == leaf]
-        seen = [layer for layer in chosen if layer.range_parm is not None]
-        ranges.plot([order[layer.block] for layer in seen], [layer.range_parm for layer in seen], "o-", markersize=3, linewidth=0.8)
-        errors.plot([order[layer.block] for layer in chosen], [layer.weight_error for layer in chosen], "o-", markersize=3, linewidth=0.8)
-    ranges.set_ylabel("range_parm of the input")
-    errors.set_ylabel("relative error of the weight")
-    errors.set_xlabel("decoder layer")
-    figure.legend(errors.get_lines(), leaves, fontsize="small", loc="outside right upper")
-    for axes in (ranges, errors):
+    for axes, (field, label) in zip(figure.subplots(len(panels), 1, sharex=True), panels, strict=True):
+        for leaf in leaves:
+            seen = [layer for layer in layers if layer.leaf == leaf and getattr(layer, field) is not None]
+            places, values = [order[layer.block] for layer in seen], [getattr(layer, field) for layer in seen]
+            axes.plot(places, values, "o-", markersize=3, linewidth=0.8)
+        axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
+    axes.set_xlabel("decoder layer")
+    figure.legend(axes.get_lines(), leaves, fontsize="small", loc="outside right upper")
     figure.suptitle(title)
     return figure
 

@@ -21,12 +21,14 @@ class LayerFigures:
     kind           W8A8, W4A16 and so on
     weight_error   ||rounded - weight|| / ||weight||
     range_parm     largest magnitude of its input over its spread: the larger, the worse a per-tensor scale fits; None: not observed
+    output_error   ||y_q - y|| / ||y|| of its output, were it alone quantized; None: not measured
     """
 
     name: str
     kind: str
     weight_error: float
     range_parm: float | None = None
+    output_error: float | None = None
 
     @property
     def leaf(self) -> str:
