@@ -21,7 +21,10 @@ from convert.cli import app
 from convert.ms_to_vllm import app as ms_to_vllm_app
 from convert.options import Options
 
-VERBS = ("formats", "inspect", "plan", "convert", "verify", "fingerprint", "check", "doctor", "clean", "serve-check", "quantize")
+VERBS = (
+    "formats", "inspect", "plan", "convert", "verify", "fingerprint", "check", "doctor", "clean", "serve-check", "quantize", "evaluate",
+    "analyze", "calibration",
+)  # fmt: skip
 HOMES = {"inspect": "inspection", "plan": "plan", "convert": "run", "verify": "proof", "fingerprint": "proof"}
 BIN = Path(sys.executable).parent
 
