@@ -362,47 +362,40 @@ def quantize(
     plot: str | None = typer.Option(None, "--plot", metavar="FILE", help="Draw range_parm and weight error by layer: .png or .svg."),
     max_shard_size: str = SHARD,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder once the new one is whole."),
+    jobs: int | None = JOBS,
+    max_memory: str = MEMORY,
     json: bool = JSON,
 ) -> None:
     """Quantize a float model by a recipe, and write it in any format. What needs no data is streamed, without torch."""
     try:
+        from quantize.progress import blocks, shown
         from quantize.recipe import load
-        from quantize.streamed import round_folder, rounding_of
+        from quantize.streamed import quantize_streamed, rounding_of
 
-        rounding = rounding_of(load(recipe)) if calib is None and plot is None and device == "cpu" else None
-        if rounding is not None:
-            with progress_bar("quantizing", None, quiet=json) as bytes_done:
-                how, floats, shard = *rounding, parse_size(max_shard_size)
-                written = round_folder(model, out, how, to, patterns=floats, max_shard_size=shard, overwrite=overwrite, progress=bytes_done)
-            if json:
-                print_json(written.to_json())
-            else:
-                echo_result(written)
-            return
-        from quantize.progress import shown
-        from quantize.run import quantize_model as function
+        found = load(recipe)
+        streamed = calib is None and device == "cpu" and rounding_of(found) is not None
+        if not streamed:
+            from quantize.run import quantize_model
     except ImportError as error:
         missing = (error.name or str(error)).partition(".")[0]
         raise UsageError(f"{missing} is not installed; pip install 'weighbridge[quantize]'") from error
 
+    options: dict[str, Any] = {
+        "overwrite": overwrite,
+        "plot": plot,
+        "max_shard_size": parse_size(max_shard_size),
+        "jobs": jobs,
+        "max_memory": parse_size(max_memory),
+    }
     with shown(quiet=json) as progress:
-        result = function(
-            model,
-            out,
-            recipe,
-            to,
-            device,
-            calib,
-            samples,
-            overwrite=overwrite,
-            plot=plot,
-            max_shard_size=parse_size(max_shard_size),
-            progress=progress,
-        )
+        if streamed:
+            result = quantize_streamed(model, out, found, to, progress=progress, **options)
+        else:
+            result = quantize_model(model, out, found, to, device, calib, samples, progress=progress, **options)
     if json:
         print_json(result.to_json())
         return
-    print_quantized(result)
+    print_quantized(result, blocks(result.layers))
 
 
 def main() -> None:

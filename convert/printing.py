@@ -172,17 +172,17 @@ def _below(limit: float | None) -> str:
     return "" if limit is None else f"less than {limit:g}"
 
 
-def print_quantized(result: Any) -> None:
+def print_quantized(result: Any, blocks: Sequence[Any]) -> None:
     """Errors by decoder layer, and what was written."""
-    from quantize.progress import blocks
-
     rows = []
-    for block in blocks(result.layers):
+    observed = any(block.widest is not None for block in blocks)
+    for block in blocks:
         worst, widest = block.worst, block.widest
-        found = ["", ""] if widest is None else [f"{widest.range_parm:.2f}", widest.leaf]
+        found = [] if not observed else ["", ""] if widest is None else [f"{widest.range_parm:.2f}", widest.leaf]
         rows.append([block.name, str(block.layers), f"{block.mean_error:.4f}", f"{worst.weight_error:.4f}", worst.leaf, *found])
-    columns = ["decoder layer", "linears", "weight error", "worst", "of", "range_parm", "of"]
-    print_table(f"{result.recipe.name}: relative error of the weights, spread of the inputs", columns, rows, right=(1, 2, 3, 5))
+    columns = ["decoder layer", "linears", "weight error", "worst", "of", *(["range_parm", "of"] if observed else [])]
+    what = "relative error of the weights" + (", spread of the inputs" if observed else "")
+    print_table(f"{result.recipe.name}: {what}", columns, rows, right=(1, 2, 3, 5))
     echo_result(result.written)
     for note in result.notes:
         echo(f"  note: {note}")

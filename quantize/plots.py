@@ -1,4 +1,4 @@
-"""A picture of how each layer fared: range_parm of its input above, the error of its weight below. Needs matplotlib."""
+"""A picture of how each layer fared: range_parm of its input above, if it was observed, the error of its weight below. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from formats.errors import DestinationError, UsageError
@@ -29,20 +30,21 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 def draw(layers: Sequence[LayerFigures], title: str = "") -> Figure:
     """One point for each layer, by its place in the model, in a colour for each kind of linear."""
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    ranges, errors = figure.subplots(2, 1, sharex=True)
+    observed = any(layer.range_parm is not None for layer in layers)
+    figure = Figure(figsize=(10, 6) if observed else (10, 3.5), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(2, 1, sharex=True)) if observed else [figure.subplots()]
     leaves = list(dict.fromkeys(layer.leaf for layer in layers))
     order = {name: number for number, name in enumerate(dict.fromkeys(layer.block for layer in layers))}
     for leaf in leaves:
         chosen = [layer for layer in layers if layer.leaf == leaf]
-        seen = [layer for layer in chosen if layer.range_parm is not None]
-        ranges.plot([order[layer.block] for layer in seen], [layer.range_parm for layer in seen], "o-", markersize=3, linewidth=0.8)
-        errors.plot([order[layer.block] for layer in chosen], [layer.weight_error for layer in chosen], "o-", markersize=3, linewidth=0.8)
-    ranges.set_ylabel("range_parm of the input")
-    errors.set_ylabel("relative error of the weight")
-    errors.set_xlabel("decoder layer")
-    figure.legend(errors.get_lines(), leaves, fontsize="small", loc="outside right upper")
-    for axes in (ranges, errors):
+        for axes, what in zip(panels[::-1], ("weight_error", "range_parm"), strict=False):
+            seen = [(order[layer.block], value) for layer in chosen if (value := getattr(layer, what)) is not None]
+            axes.plot(*zip(*seen, strict=True) if seen else ((), ()), "o-", markersize=3, linewidth=0.8)
+    panels[0].set_ylabel("range_parm of the input")
+    panels[-1].set_ylabel("relative error of the weight")
+    panels[-1].set_xlabel("decoder layer")
+    figure.legend(panels[-1].get_lines(), leaves, fontsize="small", loc="outside right upper")
+    for axes in panels:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.suptitle(title)

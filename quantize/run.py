@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +23,8 @@ import transformers
 import xxhash
 from torch import nn
 
-from convert.engine import Result
 from convert.engine import run as write
+from convert.memory import DEFAULT_MEMORY
 from convert.options import Settings
 from convert.planning import Planner
 from convert.records import Plan
@@ -42,40 +42,10 @@ from .devices import resolve
 from .layers import STATIC_TYPES, check_linear, quantize_linear, with_inputs
 from .progress import LayerFigures, Report
 from .recipe import Recipe, load
+from .result import Quantized, check_plot, draw_plot
 from .saving import checkpoint_of, tensors_of
 
 __all__ = ["Quantized", "load_model", "load_tokenizer", "quantize_model"]
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What ``quantize_model`` did: the conversion's ``written`` result, figures of every quantized linear, what stayed float.
-
-    smoothed   sources whose scale AntiOutlier moved into the linears after them
-    seconds    by step
-    """
-
-    recipe: Recipe
-    written: Result
-    layers: tuple[LayerFigures, ...]
-    float_names: tuple[str, ...]
-    samples: int
-    smoothed: int = 0
-    notes: tuple[str, ...] = ()
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """What ``weighbridge quantize --json`` prints."""
-        return {
-            **self.written.to_json(),
-            "recipe": {"name": self.recipe.name, **self.recipe.model_dump(exclude_defaults=True)},
-            "samples": self.samples,
-            "smoothed": self.smoothed,
-            "layers": [layer.to_json() for layer in self.layers],
-            "float_linears": list(self.float_names),
-            "quantize_notes": list(self.notes),
-            "seconds": {step: round(seconds, 3) for step, seconds in self.seconds.items()},
-        }
 
 
 class _Clock:
@@ -102,6 +72,8 @@ def quantize_model(
     overwrite: bool = False,
     plot: str | os.PathLike[str] | None = None,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
+    jobs: int | None = None,
+    max_memory: int = DEFAULT_MEMORY,
     progress: Report | None = None,
 ) -> Quantized:
     """Quantize the float model in ``model_dir`` by ``recipe`` and write it to ``out`` in format ``to``.
@@ -112,6 +84,7 @@ def quantize_model(
     calib      as ``calibration_data`` has it; None where the recipe needs none
     samples    of them; None: as many as the recipe says
     plot       a PNG or SVG file for range_parm and weight error by layer
+    jobs       threads that write, as ``convert`` has them; max_memory: what they may use beside the model
 
     :raises UsageError: a recipe, format, device or data that makes no sense
     :raises RefusedError: the format cannot hold what the recipe makes
@@ -122,7 +95,7 @@ def quantize_model(
     spec, variant, named = _target(to)
     _check_out(Path(out), overwrite)
     if plot is not None:
-        _check_plot(plot)
+        check_plot(plot)
     if calib is None and recipe.needs_data:
         raise UsageError(f"recipe {recipe.name}: needs calibration data; pass --calib FILE.jsonl, a text a line")
     resolve(device)
@@ -130,7 +103,7 @@ def quantize_model(
 
     clock = _Clock()
     model = load_model(base.folder)
-    settings = Settings(max_shard_size=max_shard_size, scale_dtype=_scales(spec))
+    settings = Settings(max_shard_size=max_shard_size, scale_dtype=_scales(spec), jobs=jobs, max_memory=max_memory)
     trial = _trial(model, recipe, device)
     Planner(trial, spec, variant, named, settings, base).plan(probe=False).raise_if_refused()
     clock.done("load")
@@ -147,9 +120,7 @@ def quantize_model(
 
     layers = figures(calibrator)
     if plot is not None:
-        from .plots import save
-
-        save(layers, plot, f"{base.folder.resolve().name}, {recipe.name}")
+        draw_plot(layers, plot, f"{base.folder.resolve().name}, {recipe.name}")
     return Quantized(
         recipe, written, layers, tuple(calibrator.float_names), len(data), smoothed, tuple(_notes(calibrator, data)), clock.seconds
     )
@@ -217,14 +188,6 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise DestinationError(f"{out.parent}: there is no such folder to write into; make it first")
     if (out.exists() or out.is_symlink()) and not overwrite:
         raise DestinationError(f"{out}: exists already; choose another destination, or pass --overwrite to replace it")
-
-
-def _check_plot(plot: str | os.PathLike[str]) -> None:
-    try:
-        from .plots import check_path
-    except ImportError as error:
-        raise UsageError(f"--plot {plot}: {error.name} is not installed; pip install 'weighbridge[quantize]'") from error
-    check_path(plot)
 
 
 def _base(model_dir: str | os.PathLike[str]) -> Location:
