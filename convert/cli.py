@@ -10,7 +10,7 @@ from formats import FORMATS
 from formats.errors import NotSameError, RefusedError
 
 from .cli_options import ALLOW, BASE_MODEL, CONSUMER, GPTQ_ZEROS, JOBS, JSON, MEMORY, SCALE_DTYPE, SERVE_DTYPE, SHARD, STRICT, TO
-from .cli_quantize import analyze, calibration, evaluate, quantize
+from .cli_quantize import analyze, calibration, evaluate, quantize, tune
 from .printing import (
     echo_result,
     print_ailments,
@@ -348,7 +348,7 @@ def serve_check(
         raise SystemExit(NotSameError.exit_code)
 
 
-for command in (quantize, evaluate, analyze, calibration):
+for command in (quantize, evaluate, analyze, tune, calibration):
     app.command(cls=Failing)(command)
 
 

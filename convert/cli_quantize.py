@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import typer
 
 from formats.errors import UsageError
 
-from .cli_options import BASE_MODEL, DATA_TEMPLATE, DEVICE, DTYPE, JSON, SHARD, TO, WORK_DIR
-from .printing import echo_result, print_analysis, print_evaluation, print_quantized, print_scores, print_tasks
-from .terminal import parse_size, print_json, progress_bar
+from .cli_options import BASE_MODEL, DATA_TEMPLATE, DEVICE, DTYPE, JOBS, JSON, MEMORY, SHARD, TO, WORK_DIR
+from .printing import TrialRows, print_analysis, print_evaluation, print_quantized, print_scores, print_tasks, print_tuned
+from .terminal import parse_size, print_json
 
 
 @contextlib.contextmanager
@@ -28,7 +29,10 @@ def quantize(
     model: str = typer.Argument(..., help="The float model's folder, as transformers loads it."),
     out: str = typer.Argument(..., help="The folder to write; it must not exist yet."),
     recipe: str = typer.Option(
-        ..., "--recipe", metavar="NAME|FILE.yaml", help="w8a8, w8a8-dynamic, w8a8-kv8, w8a8-sparse, w8a16, w4a16-rtn, or a file."
+        ...,
+        "--recipe",
+        metavar="NAME|FILE.yaml",
+        help="w8a8, w8a8-dynamic, w8a8-kv8, w8a8-sparse, w8a16, w4a16-rtn, -gptq, -awq, or a file.",
     ),
     to: str = TO,
     device: str = DEVICE,
@@ -38,41 +42,34 @@ def quantize(
     max_shard_size: str = SHARD,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder once the new one is whole."),
     resume: bool = typer.Option(False, "--resume", help="Fail if no interrupted run left its work; one that did is gone on with anyway."),
+    jobs: int | None = JOBS,
+    max_memory: str = MEMORY,
     json: bool = JSON,
 ) -> None:
     """Quantize a float model by a recipe, and write it in any format. What needs no data is streamed, without torch."""
     with core():
-        from quantize.recipe import load
-        from quantize.streamed import round_folder, rounding_of
-    rounding = rounding_of(load(recipe)) if calib is None and plot is None and device == "cpu" else None
-    if rounding is not None:
-        with progress_bar("quantizing", None, quiet=json) as bytes_done:
-            how, floats, shard = *rounding, parse_size(max_shard_size)
-            written = round_folder(model, out, how, to, patterns=floats, max_shard_size=shard, overwrite=overwrite, progress=bytes_done)
-        if json:
-            print_json(written.to_json())
-        else:
-            echo_result(written)
-        return
-    with core():
         from quantize.progress import blocks, shown
-        from quantize.run import quantize_model as function
+        from quantize.recipe import load
+        from quantize.streamed import quantize_streamed, rounding_of
 
+        found = load(recipe)
+        streamed = calib is None and device == "cpu" and rounding_of(found) is not None
+        if not streamed:
+            from quantize.run import quantize_model
+
+    options: dict[str, Any] = {
+        "overwrite": overwrite,
+        "resume": resume,
+        "plot": plot,
+        "max_shard_size": parse_size(max_shard_size),
+        "jobs": jobs,
+        "max_memory": parse_size(max_memory),
+    }
     with shown(quiet=json) as progress:
-        result = function(
-            model,
-            out,
-            recipe,
-            to,
-            device,
-            calib,
-            samples,
-            overwrite=overwrite,
-            resume=resume,
-            plot=plot,
-            max_shard_size=parse_size(max_shard_size),
-            progress=progress,
-        )
+        if streamed:
+            result = quantize_streamed(model, out, found, to, progress=progress, **options)
+        else:
+            result = quantize_model(model, out, found, to, device, calib, samples, progress=progress, **options)
     if json:
         print_json(result.to_json())
         return
@@ -231,3 +228,47 @@ def calibration(
         print_json(result.to_json())
     else:
         print_scores(result, top)
+
+
+def tune(
+    model: str = typer.Argument(..., help="The float model's folder."),
+    out: str = typer.Option("tuned.yaml", "--out", metavar="FILE.yaml", help="The recipe to write, for `weighbridge quantize --recipe`."),
+    target: float = typer.Option(0.99, "--target", help="What to reach: a share of the float model's figure."),
+    calib: str = typer.Option(..., "--calib", metavar="FILE", help="Calibration data: .jsonl, .json or plain text."),
+    data: str = typer.Option(..., "--data", metavar="FILE", help="What to measure by: a text, texts, or BoolQ's questions."),
+    recipe: str = typer.Option("w8a8", "--recipe", metavar="NAME|FILE.yaml", help="What to begin with."),
+    budget: int = typer.Option(40, "--budget", min=1, help="Trials at most."),
+    methods: str = typer.Option("none,m1,m2,m3,m4,m5,m6", "--methods", help="AntiOutlier methods to try."),
+    samples: int | None = typer.Option(None, "--samples", min=1, help="Of the data to measure by. Default: all."),
+    length: int | None = typer.Option(None, "--length", min=2, help="Tokens of a window, text or question at most. Default: 2048."),
+    device: str = DEVICE,
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the recipe's file if it is there."),
+    json: bool = JSON,
+) -> None:
+    """Which smoothing, and which linears left in float, reach the target? Exit code 1 if nothing does; the best is written anyway."""
+    with core():
+        from quantize.tune import tune_model
+
+    rows = TrialRows(quiet=json)
+    names = [None if name in {"none", ""} else name for name in methods.split(",")]
+    found = tune_model(
+        model,
+        out,
+        target,
+        calib=calib,
+        data=data,
+        recipe=recipe,
+        budget=budget,
+        methods=names,
+        samples=samples,
+        length=length,
+        device=device,
+        overwrite=overwrite,
+        told=rows.told,
+    )
+    if json:
+        print_json(found.to_json())
+    else:
+        print_tuned(found, out)
+    if not found.reached:
+        raise SystemExit(1)

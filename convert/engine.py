@@ -43,6 +43,16 @@ if TYPE_CHECKING:
 Progress = Callable[[int], None]
 
 
+def entries_in_flight(jobs: int) -> int:
+    """Layers and tensors at most that are begun and not done while ``jobs`` workers run."""
+    return 2 * _depth(jobs) + 2
+
+
+def _depth(jobs: int) -> int:
+    """Entries in each of the two stages before the last."""
+    return 2 * jobs
+
+
 @dataclass
 class Result:
     """What a conversion did. Fingerprints are None where proof was turned off; ``rounded`` lists proved roundings."""
@@ -106,7 +116,7 @@ def convert(
     options     ``Options``, as ``plan`` takes them
     overwrite   replaces an existing folder once the new one is whole
     proof       reads everything back and compares it
-    progress    is called with bytes of source done
+    progress    is called with bytes of source done, once for every layer and plain tensor, in order
 
     A conversion that was interrupted is finished by the same call.
     raises  RefusedError, UnreadableError, UsageError, DestinationError, NotSameError; nothing visible is left at ``dst``
@@ -201,7 +211,7 @@ class _Engine:
 
     def write_and_prove(self) -> None:
         """Three stages, each a few entries behind the one before: small tensors, tiles, verdicts."""
-        depth = 2 * self.plan.memory.jobs
+        depth = _depth(self.plan.memory.jobs)
         begun: deque[_Entry] = deque()
         tiled: deque[_Entry] = deque()
 

@@ -22,30 +22,31 @@ LARGEST_TILE = 32 * MIB
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Shares of a limit. limit, headers (lists of tensors and layers) and tile (held packed by each of ``jobs`` workers) in bytes."""
+    """Shares of a limit. limit, headers (lists of tensors and layers), tile (held packed by each of ``jobs`` workers) and kept (by the
+    source's reader) in bytes."""
 
     limit: int
     jobs: int
     headers: int
     tile: int
+    kept: int = 0
 
     @property
     def peak(self) -> int:
         """Bytes of anonymous memory at most, over the bare interpreter."""
-        return LIBRARIES + self.headers + self.jobs * (WORKER + self.tile)
+        return LIBRARIES + self.headers + self.kept + self.jobs * (WORKER + self.tile)
 
 
-def share(limit: int, jobs: int, headers: int) -> Memory:
+def share(limit: int, jobs: int, headers: int, kept: int = 0) -> Memory:
     """Share ``limit`` bytes out over at most ``jobs`` workers; UsageError if not even one can work within it."""
-    free = limit - LIBRARIES - headers
+    free = limit - LIBRARIES - headers - kept
     least = WORKER + SMALLEST_TILE
     if free < least:
-        needed = -(-(LIBRARIES + headers + least) // MIB)
-        raise UsageError(
-            f"--max-memory {limit // MIB}MiB: this checkpoint needs {needed}MiB at least, {headers // MIB} of them for its headers"
-        )
+        needed = -(-(LIBRARIES + headers + kept + least) // MIB)
+        parts = f"{headers // MIB} of them for its headers" + (f" and {kept // MIB} for its scales" if kept else "")
+        raise UsageError(f"--max-memory {limit // MIB}MiB: this checkpoint needs {needed}MiB at least, {parts}")
     jobs = min(jobs, free // least)
-    return Memory(limit, jobs, headers, min(LARGEST_TILE, free // jobs - WORKER))
+    return Memory(limit, jobs, headers, min(LARGEST_TILE, free // jobs - WORKER), kept)
 
 
 def header_bytes(tensors: Sized, layers: int = 0, outputs: int = 0) -> int:

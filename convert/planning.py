@@ -154,7 +154,7 @@ class Planner:
         }
         outputs = sum(len(file.tensors) for file in files)
         headers_size = header_bytes(self.checkpoint.tensors, len(layers), outputs)
-        memory = share(self.settings.max_memory, self.settings.workers, headers_size)
+        memory = share(self.settings.max_memory, self.settings.workers, headers_size, self.checkpoint.kept)
         return Plan(
             self.checkpoint, self.spec, self.variant, layers, plain, files, losses, self.ledger.refusals, self.notes,
             model, self.base, tuple(self.settings.allow), bool(probe), memory, options,

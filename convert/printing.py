@@ -175,12 +175,14 @@ def _below(limit: float | None) -> str:
 def print_quantized(result: Any, blocks: Sequence[Any]) -> None:
     """Errors by decoder layer, and what was written."""
     rows = []
+    observed = any(block.widest is not None for block in blocks)
     for block in blocks:
         worst, widest = block.worst, block.widest
-        found = ["", ""] if widest is None else [f"{widest.range_parm:.2f}", widest.leaf]
+        found = [] if not observed else ["", ""] if widest is None else [f"{widest.range_parm:.2f}", widest.leaf]
         rows.append([block.name, str(block.layers), f"{block.mean_error:.4f}", f"{worst.weight_error:.4f}", worst.leaf, *found])
-    columns = ["decoder layer", "linears", "weight error", "worst", "of", "range_parm", "of"]
-    print_table(f"{result.recipe.name}: relative error of the weights, spread of the inputs", columns, rows, right=(1, 2, 3, 5))
+    columns = ["decoder layer", "linears", "weight error", "worst", "of", *(["range_parm", "of"] if observed else [])]
+    what = "relative error of the weights" + (", spread of the inputs" if observed else "")
+    print_table(f"{result.recipe.name}: {what}", columns, rows, right=(1, 2, 3, 5))
     echo_result(result.written)
     for note in result.notes:
         echo(f"  note: {note}")
@@ -284,3 +286,27 @@ def print_scores(result: Any, top: int) -> None:
 
 def _word(answer: bool | None) -> str:
     return "yes" if answer else "no"
+
+
+class TrialRows:
+    """Prints each trial of ``tune`` as it ends."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet, self._count = quiet, 0
+
+    def told(self, trial: Any) -> None:
+        """One more trial."""
+        if self._quiet:
+            return
+        self._count += 1
+        names = "" if not trial.floats else f"  ({', '.join(trial.floats[:3])}{', ...' if len(trial.floats) > 3 else ''})"
+        echo(f"{self._count:3}  {trial.share:7.4f}  {trial.figures}  {trial.name}{names}")
+
+
+def print_tuned(found: Any, out: str) -> None:
+    """What was chosen, beside the float model."""
+    echo(f"float: {found.reference}")
+    echo(f"chosen: {found.best.name}, {found.best.share:.4f} of float ({found.best.figures}); {found.target:g} was wanted")
+    for note in found.notes:
+        echo(f"note: {note}")
+    echo(f"{out}: the recipe, for `weighbridge quantize --recipe {out}`")

@@ -45,6 +45,12 @@ def staging_of(target: Path) -> Path:
     return target.parent / f".{target.name}{SUFFIX}"
 
 
+def check_unfinished(destination: str | os.PathLike[str]) -> None:
+    """DestinationError unless an interrupted conversion into ``destination`` left its work."""
+    if not staging_of(Path(os.path.abspath(destination))).is_dir():
+        raise DestinationError(f"{destination}: --resume: no interrupted run left its work beside it; run the command without it")
+
+
 class Staging:
     """The growing folder of one destination, locked; see ``staging``."""
 

@@ -175,7 +175,10 @@ class Checkpoint:
     functional    stored tensors that change what the model computes and that no field of the IR holds here
     attention     KV-cache scales and the like, by stored name; said: what the checkpoint's configs say of them
     config        config.json without its quantization_config, or None
+    kept          bytes that the reader keeps in memory of what it made
     """
+
+    kept = 0
 
     def __init__(self, location: Location, format: str, variant: str, tensors: TensorSet) -> None:
         self.location = location

@@ -1,8 +1,15 @@
-"""Is the model still any good? BoolQ's accuracy, asked as msModelSlim's precision tool asks: one token, yes or no.
+"""Is the model still any good? BoolQ's accuracy, asked and scored as msModelSlim's precision tool does: one token, yes or no.
 
 ``PrecisionTest(model, tokenizer, "boolq", batch_size, device).test()`` gives an ``Accuracy``. The data is BoolQ's own ``dev.jsonl``
-(``title``, ``passage``, ``question``, ``answer``), or any file with these keys. The prompt is that of calibration (``BOOLQ``); the answer
-is whichever of "yes" and "no" the model finds likelier at the first token in which they differ.
+(``title``, ``passage``, ``question``, ``answer``), or any file with these keys.
+
+Defined by msModelSlim 26.1.0: ``precision_tool/precision_tool.py`` of its repository; ``pytorch/llm_ptq/mix_calibration`` of its package
+scores alike. The prompt is ``PROMPT``, tokenized with the tokenizer's own special tokens and cut where it cuts (``model_max_length``). The
+two answers are the last tokens of ``SENTENCE`` with "yes" and with "no"; the model says yes where the first has the larger
+log-probability after the prompt, so a tie is a no. Of a word that takes several tokens only the last counts.
+
+Where this differs from the tool: prompts of a batch are filled up on the left whatever the tokenizer's ``padding_side`` is (the tool reads
+the last place of each row, which on the right is padding); the device need not be an NPU; the result is returned, and logged in its words.
 """
 
 from __future__ import annotations
@@ -29,6 +36,10 @@ __all__ = ["Accuracy", "PrecisionTest"]
 DATA = "WEIGHBRIDGE_DATA"
 PLACES = {"boolq": ("boolq/dev.jsonl", "boolq.jsonl", "dev.jsonl")}
 """Where a data set's file may lie under ``$WEIGHBRIDGE_DATA``."""
+PROMPT = "{title} -- {passage}\nQuestion: {question}?\nAnswer:"
+"""What is asked. (The prompt of the tool's calibration guide has no space after "Question:".)"""
+SENTENCE = "How can we learning machine learning: "
+"""What an answer is appended to, to find its token."""
 ANSWERS = ("yes", "no")
 SCORES = ("token", "generate")
 
@@ -58,7 +69,7 @@ class PrecisionTest:
     device             "cpu", "npu", "npu:1", "gpu", "cuda:0": where the model is moved, unless it is spread over several
     data               the data set's file; None: under ``$WEIGHBRIDGE_DATA``
     samples            only the first so many questions
-    length             of a longer prompt, only the last so many tokens
+    length             of a longer prompt, only the last so many tokens; None: what the tokenizer leaves of it
     score              "token": the likelier of two tokens. "generate": what a few generated tokens begin with; else is wrong
 
     :raises UsageError: no such data set, or its file is not there; the message says where to get it
@@ -74,10 +85,12 @@ class PrecisionTest:
         *,
         data: str | os.PathLike[str] | None = None,
         samples: int | None = None,
-        length: int = 2048,
+        length: int | None = None,
         score: str = "token",
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("length", length), ("samples", samples if samples is not None else 1)):
+        for name, value in (("batch_size", batch_size), ("length", length), ("samples", samples)):
+            if value is None and name != "batch_size":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name}: {value!r} is not a whole number from 1")
         if score not in SCORES:
@@ -86,25 +99,27 @@ class PrecisionTest:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.samples, self.length, self.score = samples, length, score
         self.device = resolve(device)
-        self.shared, self.choices = _choices(tokenizer)
+        self.choices = _choices(tokenizer)
 
     def test(self) -> Accuracy:
         """Ask everything. Raises UnreadableError for a line that is no question, UsageError if there is none."""
+        found = [said == right for said, right in self.answers()]
+        if not found:
+            raise UsageError(f"{self.path.name}: holds no question")
+        accuracy = Accuracy(sum(found), len(found))
+        logger.info("correct rate:%s, correct total:%s, sum_total:%s", float(accuracy), accuracy.right, accuracy.total)
+        return accuracy
+
+    def answers(self) -> Iterator[tuple[bool | None, bool]]:
+        """(what the model says, what is right) of each question; None: neither yes nor no. Raises UnreadableError as ``test`` does."""
         if not getattr(self.model, "hf_device_map", None):
             self.model.to(self.device)
         self.model.eval()
-        right = total = 0
         for batch in _batches(itertools.islice(self._questions(), self.samples), self.batch_size):
             ids, mask = self._padded([ids for ids, _ in batch])
             with torch.no_grad():
                 said = self._likelier(ids, mask) if self.score == "token" else self._generated(ids, mask)
-            right += sum(found == wanted for found, (_, wanted) in zip(said, batch, strict=True))
-            total += len(batch)
-        if not total:
-            raise UsageError(f"{self.path.name}: holds no question")
-        accuracy = Accuracy(right, total)
-        logger.info("%s: accuracy %s", self.path.name, accuracy)
-        return accuracy
+            yield from ((found, wanted) for found, (_, wanted) in zip(said, batch, strict=True))
 
     def _questions(self) -> Iterator[tuple[list[int], bool]]:
         """(prompt's ids, answer) of each line."""
@@ -112,8 +127,8 @@ class PrecisionTest:
             where = f"{self.path.name}{place}"
             if not isinstance(item, dict) or not isinstance(item.get("answer"), bool):
                 raise UnreadableError(f"{where}: is no question: wanted an object with title, passage, question and answer (true or false)")
-            ids = list(self.tokenizer(prompt(item, "boolq", where))["input_ids"])
-            yield [*ids, *self.shared][-self.length :], item["answer"]
+            ids = list(self.tokenizer(prompt(item, PROMPT, where), truncation=True)["input_ids"])
+            yield ids if self.length is None else ids[-self.length :], item["answer"]
 
     def _padded(self, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """(ids, mask), both ``[batch, tokens]``, filled up on the left."""
@@ -124,15 +139,15 @@ class PrecisionTest:
         return ids.to(self.device), mask.to(self.device)
 
     def _likelier(self, ids: Tensor, mask: Tensor) -> list[bool]:
-        logits = self.model(input_ids=ids, attention_mask=mask).logits[:, -1, :].float()
-        yes, no = self.choices
-        found: list[bool] = (logits[:, yes] > logits[:, no]).tolist()
+        logits = self.model(input_ids=ids, attention_mask=mask).logits[:, -1, :]
+        yes, no = torch.log_softmax(logits.float(), dim=-1)[:, list(self.choices)].unbind(1)
+        found: list[bool] = (yes > no).tolist()
         return found
 
     def _generated(self, ids: Tensor, mask: Tensor) -> list[bool | None]:
         generate: Any = self.model.generate
         made = generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)[:, ids.shape[1] :]
-        words = [self.tokenizer.decode([*self.shared, *row.tolist()], skip_special_tokens=True).strip().lower() for row in made]
+        words = [self.tokenizer.decode(row.tolist(), skip_special_tokens=True).strip().lower() for row in made]
         return [True if word.startswith("yes") else False if word.startswith("no") else None for word in words]
 
 
@@ -156,13 +171,12 @@ def _find(dataset: str, data: str | os.PathLike[str] | None) -> Path:
     return found[0]
 
 
-def _choices(tokenizer: Any) -> tuple[list[int], tuple[int, int]]:
-    """(ids that both answers begin with, the first id of each in which they differ)."""
-    start, yes, no = ([*tokenizer(f"Answer:{end}", add_special_tokens=False)["input_ids"]] for end in ("", *(f" {one}" for one in ANSWERS)))
-    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(yes, no, strict=False)))
-    if common in (len(yes), len(no)):
-        raise UsageError(f"tokenizer: one of {' and '.join(ANSWERS)} begins the other, so that no token tells them apart")
-    return yes[len(start) : common] if yes[: len(start)] == start else [], (yes[common], no[common])
+def _choices(tokenizer: Any) -> tuple[int, int]:
+    """The tokens of yes and no. Raises UsageError if they are one."""
+    yes, no = (tokenizer(f"{SENTENCE}{answer}", add_special_tokens=False)["input_ids"][-1] for answer in ANSWERS)
+    if yes == no:
+        raise UsageError(f"tokenizer: {' and '.join(ANSWERS)} end in the same token, {yes}, so that no token tells them apart")
+    return yes, no
 
 
 def _batches(questions: Iterator[tuple[list[int], bool]], size: int) -> Iterator[list[tuple[list[int], bool]]]:

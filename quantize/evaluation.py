@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from .measure import Measured, Prediction, Served, measure
 from .progress import Report
 from .samples import Data, length_of, read_data, tokenizer_of
 
-__all__ = ["Evaluation", "ModelFigures", "dtype_of", "evaluate_model", "open_model"]
+__all__ = ["Evaluation", "ModelFigures", "dtype_of", "evaluate_model", "figures_of", "open_model"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -43,6 +44,27 @@ class ModelFigures:
         if self.accuracy is None:
             return {"perplexity": self.perplexity, "top1": self.top1}
         return {"accuracy": float(self.accuracy), "right": self.accuracy.right, "questions": self.accuracy.total}
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> ModelFigures:
+        """What ``to_json`` gave."""
+        if "accuracy" in content:
+            return cls(accuracy=Accuracy(content["right"], content["questions"]))
+        return cls(content["perplexity"], content["top1"])
+
+    def __str__(self) -> str:
+        if self.accuracy is not None:
+            return f"accuracy {self.accuracy}"
+        return f"perplexity {self.perplexity:.3f}, top-1 {self.top1:.4f}"
+
+
+def figures_of(data: Data, found: Sequence[Prediction], positions: int) -> ModelFigures:
+    """Figures of what a model said of ``data``, over so many positions."""
+    if data.answers:
+        right = sum(one.answer == wanted for one, wanted in zip(found, data.answers, strict=True))
+        return ModelFigures(accuracy=Accuracy(right, len(found)))
+    nll = sum(one.nll for one in found) / positions
+    return ModelFigures(math.exp(nll) if nll < 700 else math.inf, sum(one.right for one in found) / positions)
 
 
 @dataclass(frozen=True)
@@ -79,12 +101,12 @@ class Evaluation:
 
     @property
     def model(self) -> ModelFigures:
-        return self._figures([one.model for one in self.measured.samples])
+        return figures_of(self.data, [one.model for one in self.measured.samples], self.positions)
 
     @property
     def reference(self) -> ModelFigures | None:
         found = [one.reference for one in self.measured.samples if one.reference is not None]
-        return self._figures(found) if found else None
+        return figures_of(self.data, found, self.positions) if found else None
 
     @property
     def kl(self) -> float | None:
@@ -107,13 +129,6 @@ class Evaluation:
 
     def _mean(self, total: float) -> float | None:
         return None if self.against is None else total / self.positions
-
-    def _figures(self, found: list[Prediction]) -> ModelFigures:
-        if self.data.answers:
-            right = sum(one.answer == wanted for one, wanted in zip(found, self.data.answers, strict=True))
-            return ModelFigures(accuracy=Accuracy(right, len(found)))
-        nll = sum(one.nll for one in found) / self.positions
-        return ModelFigures(math.exp(nll) if nll < 700 else math.inf, sum(one.right for one in found) / self.positions)
 
     def to_json(self) -> dict[str, Any]:
         """What ``weighbridge evaluate --json`` prints."""

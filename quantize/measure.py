@@ -28,7 +28,7 @@ from formats.errors import DestinationError, UnreadableError, UsageError
 from .blocks import Blocks, Sample, States, inputs_of
 from .simulate import Simulation
 
-__all__ = ["Measured", "SampleFigures", "Served", "measure", "state_files"]
+__all__ = ["Measured", "SampleFigures", "Served", "measure", "predictions", "state_files"]
 
 IN_MEMORY = 1 << 30
 """Bytes of hidden states, of both models, that stay in memory."""
@@ -123,7 +123,7 @@ def measure(
             if reference is not None:
                 drift.append(_distance(*states))
             tell(layer + 1, count + 1)
-        found = tuple(_predictions(models, states, samples, choices, only_last, device))
+        found = tuple(predictions(models, states, samples, choices, only_last, device))
         tell(count + 1, count + 1)
     for one in models:
         if one.simulation is not None:
@@ -187,14 +187,15 @@ def _distance(states: States, wanted: States) -> float:
     return math.sqrt(apart / norm) if norm else 0.0
 
 
-def _predictions(
+def predictions(
     models: Sequence[Served],
     states: Sequence[States],
     samples: Sequence[Sample],
-    choices: tuple[int, int] | None,
-    only_last: bool,
-    device: torch.device | None,
+    choices: tuple[int, int] | None = None,
+    only_last: bool = False,
+    device: torch.device | None = None,
 ) -> Iterator[SampleFigures]:
+    """What each of the models says, whose last layers made ``states`` of the same samples; the rest as in ``measure``."""
     step = max(1, ROWS // int(models[0].blocks.config.vocab_size))
     with contextlib.ExitStack() as stack:
         heads = [stack.enter_context(_stage(one, None, device)) for one in models]

@@ -1,4 +1,6 @@
-"""A picture of how each layer fared: range_parm of its input, the error of its weight and, if measured, of its output. Needs matplotlib."""
+"""A picture of how each layer fared: range_parm of its input and the error of its output, where they were observed, and the error of its
+weight. Needs matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,12 @@ from .progress import LayerFigures
 __all__ = ["SUFFIXES", "check_path", "draw", "save"]
 
 SUFFIXES = (".png", ".svg")
+PANELS = {
+    "range_parm": "range_parm of the input",
+    "weight_error": "relative error of the weight",
+    "output_error": "relative error of the output",
+}
+"""What is drawn of a layer's figures, from the top down."""
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
@@ -29,13 +37,11 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 def draw(layers: Sequence[LayerFigures], title: str = "") -> Figure:
     """One point for each layer, by its place in the model, in a colour for each kind of linear."""
-    panels = [("range_parm", "range_parm of the input"), ("weight_error", "relative error of the weight")]
-    if any(layer.output_error is not None for layer in layers):
-        panels.append(("output_error", "relative error of the output"))
-    figure = Figure(figsize=(10, 3 * len(panels)), layout="constrained")
+    panels = {field: label for field, label in PANELS.items() if any(getattr(layer, field) is not None for layer in layers)}
+    figure = Figure(figsize=(10, 0.5 + 3 * len(panels)), layout="constrained")
     leaves = list(dict.fromkeys(layer.leaf for layer in layers))
     order = {name: number for number, name in enumerate(dict.fromkeys(layer.block for layer in layers))}
-    for axes, (field, label) in zip(figure.subplots(len(panels), 1, sharex=True), panels, strict=True):
+    for axes, (field, label) in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels.items(), strict=True):
         for leaf in leaves:
             seen = [layer for layer in layers if layer.leaf == leaf and getattr(layer, field) is not None]
             places, values = [order[layer.block] for layer in seen], [getattr(layer, field) for layer in seen]

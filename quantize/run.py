@@ -12,14 +12,14 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from convert.engine import Result
 from convert.engine import run as write
+from convert.memory import DEFAULT_MEMORY
 from convert.options import Settings
 from convert.planning import Planner
 from convert.records import Plan
@@ -34,45 +34,13 @@ from .calibration import Sample, calibration_data, repeats
 from .config import QuantConfig
 from .devices import resolve
 from .models import load_model, load_tokenizer
-from .progress import LayerFigures, Report
+from .progress import Report
 from .recipe import Recipe, load
+from .result import Quantized, check_plot, draw_plot
 from .trial import chosen_linears, trial
 from .ways import Outcome, Request, in_memory, layer_by_layer, why_in_memory
 
 __all__ = ["Quantized", "load_model", "load_tokenizer", "quantize_model"]
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What ``quantize_model`` did: the conversion's ``written`` result, figures of every quantized linear, what stayed float.
-
-    smoothed   sources whose scale AntiOutlier moved into the linears after them
-    seconds    by step; resumed_layers: decoder layers that an interrupted run had finished
-    """
-
-    recipe: Recipe
-    written: Result
-    layers: tuple[LayerFigures, ...]
-    float_names: tuple[str, ...]
-    samples: int
-    smoothed: int = 0
-    notes: tuple[str, ...] = ()
-    seconds: dict[str, float] = field(default_factory=dict)
-    resumed_layers: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """What ``weighbridge quantize --json`` prints."""
-        return {
-            **self.written.to_json(),
-            "recipe": {"name": self.recipe.name, **self.recipe.model_dump(exclude_defaults=True)},
-            "samples": self.samples,
-            "smoothed": self.smoothed,
-            "resumed_layers": self.resumed_layers,
-            "layers": [layer.to_json() for layer in self.layers],
-            "float_linears": list(self.float_names),
-            "quantize_notes": list(self.notes),
-            "seconds": {step: round(seconds, 3) for step, seconds in self.seconds.items()},
-        }
 
 
 class _Clock:
@@ -100,6 +68,8 @@ def quantize_model(
     resume: bool = False,
     plot: str | os.PathLike[str] | None = None,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
+    jobs: int | None = None,
+    max_memory: int = DEFAULT_MEMORY,
     progress: Report | None = None,
 ) -> Quantized:
     """Quantize the float model in ``model_dir`` by ``recipe`` and write it to ``out`` in format ``to``.
@@ -111,6 +81,7 @@ def quantize_model(
     samples    of them; None: as many as the recipe says
     resume     an interrupted run must have left its work; without it that is gone on with if it is there
     plot       a PNG or SVG file for range_parm and weight error by layer
+    jobs       threads that write, as ``convert`` has them; max_memory: what they may use beside the model
 
     :raises UsageError: a recipe, format, device or data that makes no sense
     :raises RefusedError: the format cannot hold what the recipe makes
@@ -121,14 +92,14 @@ def quantize_model(
     spec, variant, named = _target(to)
     _check_out(Path(out), overwrite)
     if plot is not None:
-        _check_plot(plot)
+        check_plot(plot)
     if calib is None and recipe.needs_data:
         raise UsageError(f"recipe {recipe.name}: needs calibration data; pass --calib FILE.jsonl, a text a line")
     resolve(device)
     base = _base(model_dir)
 
     clock = _Clock()
-    settings = Settings(max_shard_size=max_shard_size, scale_dtype=_scales(spec))
+    settings = Settings(max_shard_size=max_shard_size, scale_dtype=_scales(spec), jobs=jobs, max_memory=max_memory)
     _ask_target(base, recipe, device, spec, variant, named, settings)
     data = _data(calib, base, recipe, samples)
     clock.done("load")
@@ -141,9 +112,7 @@ def quantize_model(
         written = write(plan, out, overwrite=overwrite, progress=_bytes(progress, plan))
     clock.done("write")
     if plot is not None:
-        from .plots import save
-
-        save(outcome.layers, plot, f"{base.folder.resolve().name}, {recipe.name}")
+        draw_plot(outcome.layers, plot, f"{base.folder.resolve().name}, {recipe.name}")
     notes = tuple(_notes(outcome, request))
     return Quantized(
         recipe, written, outcome.layers, outcome.float_names, len(data), outcome.smoothed, notes, clock.seconds, outcome.resumed
@@ -192,14 +161,6 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise DestinationError(f"{out.parent}: there is no such folder to write into; make it first")
     if (out.exists() or out.is_symlink()) and not overwrite:
         raise DestinationError(f"{out}: exists already; choose another destination, or pass --overwrite to replace it")
-
-
-def _check_plot(plot: str | os.PathLike[str]) -> None:
-    try:
-        from .plots import check_path
-    except ImportError as error:
-        raise UsageError(f"--plot {plot}: {error.name} is not installed; pip install 'weighbridge[quantize]'") from error
-    check_path(plot)
 
 
 def _base(model_dir: str | os.PathLike[str]) -> Location:

@@ -2,8 +2,8 @@
 
 A model that needs no calibration data (W8A16, W4A16, W8A8_DYNAMIC by MinMax, symmetric) need not be a model: its linears are read in
 tiles, rounded as ``quantize.rounding`` rounds them, bit for bit, and written like any conversion: in constant memory, resumable,
-and with a certificate. What is proved is that the file holds these codes and scales; how far they are from the float weights is the
-rounding's own doing (half a step).
+and with a certificate. What is proved is that the file holds these codes and scales. How far they are from the float weights, layer by
+layer, is summed as they are made (``rounded_tiles``); of what an interrupted run had written already, it is made once more at the end.
 
 Linears are the 2-D ``.weight`` tensors of numbered blocks; routers of experts (``gate``) and what lies outside the blocks (lm_head,
 embeddings) stay float, as with msModelSlim's ``disable_last_linear``.
@@ -13,178 +13,47 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import threading
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from convert.engine import Progress, Result, run
+from convert.engine import Progress, Result, entries_in_flight, run
+from convert.memory import DEFAULT_MEMORY, LIBRARIES
 from convert.options import Settings
 from convert.planning import Planner
-from convert.probe import to_float32
+from convert.staging import check_unfinished
 from formats import find_target, open_checkpoint
-from formats.checkpoint import Checkpoint, float_linears
+from formats.checkpoint import Checkpoint, float_linears, float_matrices
 from formats.errors import UnreadableError, UsageError
-from formats.ir import Array, ArrayLike, QuantArgs, QuantizedLinear, QuantScheme, read
-from formats.layouts import kernels
+from formats.ir import QuantArgs, QuantizedLinear, QuantScheme, read
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
-from formats.workspace import Workspace
+
+from .progress import LayerFigures, Report
+from .result import Quantized, check_plot, draw_plot
+from .rounded_tiles import Codes, Errors, Rounding, ScaleBands, Scales
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-EPSILON = np.float32(2.0**-23)
-"""The smallest scale, as in ``quantize.rounding``."""
 ROUTERS = ("gate", "shared_expert_gate", "router")
 """Leaf names of linears that choose experts."""
+_FLOATS = ("F16", "BF16", "F32")
 _PIECE = 1 << 20
-_KEPT = {"F16": 13, "BF16": 16, "F32": 0}
-"""Bits that a float32's mantissa loses in a dtype."""
+_SHARE = 4
+"""Scales may take one part in so many of the memory that is left."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rounding:
-    """How linears are rounded: bits, inputs of a group (-1: per channel), and whether inputs are quantized at run time."""
-
-    bits: int
-    group_size: int = -1
-    dynamic: bool = False
-
-    def __post_init__(self) -> None:
-        if self.bits not in {4, 8} or (self.group_size != -1 and self.group_size not in {32, 64, 128, 256}):
-            raise UsageError(f"{self.bits} bits in groups of {self.group_size}: wanted 4 or 8 bits, in groups of 32, 64, 128, 256 or -1")
-
-    @property
-    def top(self) -> int:
-        return (1 << self.bits - 1) - 1
-
-
-def rounding_of(recipe: Recipe) -> tuple[Rounding, tuple[str, ...]] | None:
-    """(how a recipe rounds, patterns of linears that stay float) if it needs no data and no model; None if it does."""
+def rounding_of(recipe: Recipe) -> Rounding | None:
+    """How a recipe rounds, if it needs no data and no model; None if it does."""
     config = recipe.quant_config()
     plain = config.w_method == "MinMax" and config.w_sym and not config.co_sparse and set(recipe.mix_cfg.values()) <= {"float"}
     if recipe.needs_data or not plain or config.model_quant_type not in {"W8A16", "W4A16", "W8A8_DYNAMIC"}:
         return None
-    if not config.is_per_group and (config.is_lowbit or config.mm_tensor):
+    if (not config.is_per_group and (config.is_lowbit or config.mm_tensor)) or not config.disable_last_linear:
         return None
-    group_size = config.group_size if config.is_per_group else -1
-    floats = (*recipe.mix_cfg, *(config.disable_names or ()))
-    return Rounding(config.w_bit, group_size, config.model_quant_type == "W8A8_DYNAMIC"), floats
-
-
-def absmax(values: Array, group_size: int) -> Array:
-    """float32 [rows, groups]: the largest magnitude of each group of float32 ``values`` [rows, in]."""
-    engine = _engine()
-    if engine is not None:
-        found: Array = engine.absmax(values, group_size)
-        return found
-    rows = values.shape[0]
-    return np.asarray(np.abs(values.reshape(rows, -1, group_size)).max(axis=2))
-
-
-def codes_of(values: Array, scales: Array, group_size: int, lost: int, top: int) -> Array:
-    """int8 codes [rows, in] of float32 ``values``: quotients by float32 ``scales`` [rows, groups], rounded to a dtype that loses so many
-    bits of the mantissa, then to the nearest integer, half to even."""  # fmt: skip
-    engine = _engine()
-    if engine is not None:
-        found: Array = engine.codes_of(values, scales, group_size, lost, top)
-        return found
-    rows = values.shape[0]
-    quotients = (values.reshape(rows, -1, group_size) / scales[:, :, None]).astype(np.float32)
-    if lost:
-        bits = quotients.view(np.uint32)
-        keep = np.uint32(0xFFFFFFFF << lost & 0xFFFFFFFF)
-        odd = bits >> np.uint32(lost) & np.uint32(1)
-        quotients = ((bits + odd + np.uint32((1 << lost - 1) - 1)) & keep).view(np.float32)
-    return np.clip(np.rint(quotients), -top, top).astype(np.int8).reshape(values.shape)
-
-
-def _engine() -> Any:
-    if kernels() is None:
-        return None
-    from . import kernels as own
-
-    return own
-
-
-@dataclass
-class _Scales:
-    """The scales of a layer, [out, groups], made from its weights when they are first read (``LazyArray``)."""
-
-    name: str
-    weight: ArrayLike
-    rounding: Rounding
-    made: list[Array] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def group_size(self) -> int:
-        return self.weight.shape[1] if self.rounding.group_size == -1 else self.rounding.group_size
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape[0], self.weight.shape[1] // self.group_size
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Per channel the model's own dtype, per group float32."""
-        return np.dtype(self.weight.dtype) if self.rounding.group_size == -1 else np.dtype(np.float32)
-
-    def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
-        with self.lock:
-            if not self.made:
-                self.made.append(self._make())
-        return self.made[0][rows, cols]
-
-    def _make(self) -> Array:
-        (out, in_), work = self.weight.shape, Workspace()
-        found = np.empty(self.shape, np.float32)
-        step = max(1, _PIECE // in_)
-        for top in range(0, out, step):
-            rows = slice(top, min(top + step, out))
-            found[rows] = absmax(np.ascontiguousarray(to_float32(read(self.weight, rows, slice(None), work))), self.group_size)
-        if not np.isfinite(found).all():
-            raise UnreadableError(f"{self.name}: its weight has NaN or infinite values")
-        scales = found / np.float32(self.rounding.top)
-        if self.rounding.group_size == -1:
-            return np.maximum(scales.astype(self.dtype), EPSILON.astype(self.dtype))
-        return np.where(scales == 0, EPSILON, scales)
-
-
-@dataclass(frozen=True, slots=True)
-class _Codes:
-    """The codes of a layer, made from its weights in the rectangle that is read (``LazyArray``)."""
-
-    weight: ArrayLike
-    scales: _Scales
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.int8)
-
-    def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
-        group, (left, right, _) = self.scales.group_size, cols.indices(self.shape[1])
-        begin, end = left // group * group, -(-right // group) * group
-        scales = to_float32(self.scales.read(rows, slice(begin // group, end // group)))
-        found, (start, stop, _) = np.empty((scales.shape[0], end - begin), np.int8), rows.indices(self.shape[0])
-        lost = _KEPT["F32"] if self.scales.rounding.group_size != -1 else _lost(self.weight.dtype)
-        step = max(1, _PIECE // max(1, end - begin))
-        for top in range(start, stop, step):
-            bottom = min(top + step, stop)
-            values = np.ascontiguousarray(to_float32(read(self.weight, slice(top, bottom), slice(begin, end), work)))
-            here = slice(top - start, bottom - start)
-            found[here] = codes_of(values, np.ascontiguousarray(scales[here]), group, lost, self.scales.rounding.top)
-        return found[:, left - begin : right - begin]
-
-
-def _lost(dtype: Any) -> int:
-    return {"float16": _KEPT["F16"], "bfloat16": _KEPT["BF16"]}.get(np.dtype(dtype).name, 0)
+    return Rounding(config.w_bit, config.group_size if config.is_per_group else -1, config.model_quant_type == "W8A8_DYNAMIC")
 
 
 class Rounded(Checkpoint):
@@ -195,12 +64,15 @@ class Rounded(Checkpoint):
         if dense.format != "dense":
             raise UsageError(f"{dense.location.folder.name}: is quantized ({dense.format}) already; give the float model")
         self.rounding = rounding
+        self.errors, self._bands = Errors(), ScaleBands(DEFAULT_MEMORY // _SHARE)
         linears = float_linears(dense)
         for name in disable_names:
-            if name not in linears:
+            if name not in linears and f"{name}.weight" not in dense.tensors:
                 raise UsageError(f"disable_names: {name!r} is no linear of this model; its first is {next(iter(linears), 'none')!r}")
         floats = {name for name in linears for rule in patterns if fnmatch.fnmatchcase(name, rule)} | set(disable_names)
         self.linears = frozenset(name for name in linears if name not in floats and name.rpartition(".")[2] not in ROUTERS)
+        heads = (name for name in float_matrices(dense) if name.rpartition(".")[2] == "lm_head")
+        self.float_linears = (*(name for name in linears if name not in self.linears), *heads)
         for name in self.linears:
             self._check(name)
         for _, tensor in dense.entries:
@@ -212,7 +84,7 @@ class Rounded(Checkpoint):
 
     def _check(self, name: str) -> None:
         info = self.tensors[f"{name}.weight"]
-        if info.dtype not in _KEPT:
+        if info.dtype not in _FLOATS:
             raise UnreadableError(f"{name}: weight is {info.dtype}, wanted F16, BF16 or F32; the model is not a float one")
         if self.rounding.group_size != -1 and info.shape[1] % self.rounding.group_size:
             raise UsageError(
@@ -224,15 +96,85 @@ class Rounded(Checkpoint):
         return tuple(tensor for tensor in (f"{name}.weight", f"{name}.bias") if tensor in self.tensors)
 
     def layer(self, name: str) -> QuantizedLinear:
-        weight: Any = self.tensors.tensor(f"{name}.weight")
-        scales = _Scales(name, weight, self.rounding)
+        scales = self._scales(name)
         group = None if self.rounding.group_size == -1 else self.rounding.group_size
         args = QuantArgs(self.rounding.bits, "int", True, "channel" if group is None else "group", group)
         inputs = QuantArgs(8, "int", True, "token", dynamic=True) if self.rounding.dynamic else None
         bias = self.tensors.tensor(f"{name}.bias") if f"{name}.bias" in self.tensors else None
-        layer = QuantizedLinear(name, weight.shape, QuantScheme(args, inputs), _Codes(weight, scales), scales, bias=bias)
+        out, in_ = scales.weight.shape
+        layer = QuantizedLinear(name, (out, in_), QuantScheme(args, inputs), Codes(scales, self.errors), scales, bias=bias)
         layer.check()
         return layer
+
+    def _scales(self, name: str) -> Scales:
+        weight: Any = self.tensors.tensor(f"{name}.weight")
+        return Scales(name, weight, self.rounding, self._bands)
+
+    def keep_scales(self, limit: int, layers: int) -> None:
+        """Keep the scales of so many layers, the largest there are, in memory; at most ``limit`` bytes. The plan counts them."""
+        largest = sorted((self._scales(name).nbytes for name in self.layer_names), reverse=True)[:layers]
+        self.kept = min(limit, sum(largest))
+        self._bands = ScaleBands(self.kept)
+
+    def figures(self, names: Iterable[str], workers: int) -> Iterator[LayerFigures]:
+        """How far each layer is from its float weights, in the order of ``names``; what was not rounded in this process is, for this."""
+
+        def error_of(name: str) -> float:
+            if self.errors.of(name) is None:
+                self.errors.forget(name)
+                codes = self.layer(name).codes
+                height = max(1, _PIECE // codes.shape[1])
+                for top in range(0, codes.shape[0], height):
+                    read(codes, slice(top, min(top + height, codes.shape[0])))
+            found = self.errors.of(name)
+            assert found is not None
+            return found
+
+        names = list(names)
+        with ThreadPoolExecutor(workers) as pool:
+            for name, error in zip(names, pool.map(error_of, names), strict=True):
+                yield LayerFigures(name, self.rounding.kind, error)
+
+
+def quantize_streamed(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    recipe: Recipe,
+    to: str,
+    *,
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    resume: bool = False,
+    plot: str | os.PathLike[str] | None = None,
+    jobs: int | None = None,
+    max_memory: int = DEFAULT_MEMORY,
+    progress: Report | None = None,
+) -> Quantized:
+    """Quantize the float model in folder ``model`` by a recipe that ``rounding_of`` takes; see ``round_folder``.
+
+    plot   a PNG or SVG file for the error of each layer's weight; resume: an interrupted run must have left its work
+    """
+    rounding = rounding_of(recipe)
+    if rounding is None:
+        raise UsageError(f"recipe {recipe.name}: needs the model itself, so it cannot be streamed")
+    if plot is not None:
+        check_plot(plot)
+    if resume:
+        check_unfinished(out)
+    begun = time.monotonic()
+    names = tuple(recipe.quant_config().disable_names or ())
+    written = round_folder(
+        model, out, rounding, to, disable_names=names, patterns=tuple(recipe.mix_cfg), max_shard_size=max_shard_size,
+        overwrite=overwrite, jobs=jobs, max_memory=max_memory, progress=progress,
+    )  # fmt: skip
+    done = time.monotonic()
+    checkpoint = written.plan.checkpoint
+    assert isinstance(checkpoint, Rounded)
+    layers = tuple(checkpoint.figures(checkpoint.layer_names, written.plan.memory.jobs))
+    seconds = {"write": done - begun, "figures": time.monotonic() - done}
+    if plot is not None:
+        draw_plot(layers, plot, f"{Path(model).resolve().name}, {recipe.name}")
+    return Quantized(recipe, written, layers, checkpoint.float_linears, samples=0, seconds=seconds)
 
 
 def round_folder(
@@ -247,17 +189,38 @@ def round_folder(
     overwrite: bool = False,
     proof: bool = True,
     jobs: int | None = None,
-    progress: Progress | None = None,
+    max_memory: int = DEFAULT_MEMORY,
+    progress: Report | None = None,
 ) -> Result:
     """Round the linears of a float folder and write it as format ``to``, into folder ``out``.
 
     disable_names   linears that stay float; patterns: the same, as ``fnmatch`` patterns that need not match any
+    max_memory      bytes over the bare interpreter's; with jobs, as ``convert`` has them
+    progress        is told of each linear as it is written, with its error, unless an interrupted run had written (a part of) it
 
     raises  UsageError, UnreadableError, RefusedError, DestinationError, NotSameError; nothing visible is left at ``out``
     """
     spec, variant, named = find_target(to)
     checkpoint = Rounded(open_checkpoint(Path(model)), rounding, disable_names, patterns)
-    settings = Settings(jobs=jobs, max_shard_size=max_shard_size, scale_dtype="keep" if spec.name == "msmodelslim" else None)
+    settings = Settings(
+        jobs=jobs, max_shard_size=max_shard_size, scale_dtype="keep" if spec.name == "msmodelslim" else None, max_memory=max_memory
+    )
+    checkpoint.keep_scales(max(0, max_memory - LIBRARIES) // _SHARE, entries_in_flight(settings.workers))
     # A probe would read every weight, to find what is so by construction: symmetric, finite, in range.
     plan = Planner(checkpoint, spec, variant, named, settings).plan(probe=False)
-    return run(plan, out, overwrite=overwrite, proof=proof, progress=progress)
+    return run(plan, out, overwrite=overwrite, proof=proof, progress=None if progress is None else _teller(checkpoint, progress))
+
+
+def _teller(checkpoint: Rounded, progress: Report) -> Progress:
+    """The engine's progress, which is called for every entry in order, for ours, which is told of layers."""
+    entries, total, done = iter(checkpoint.entries), len(checkpoint.linears), 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        kind, name = next(entries)
+        if kind == "layer":
+            done += 1
+            error = checkpoint.errors.of(name)
+            progress("rounding", done, total, None if error is None else LayerFigures(name, checkpoint.rounding.kind, error))
+
+    return tell

@@ -26,7 +26,8 @@ from formats.safetensors_file import lay_out
 VOCABULARY = 4096
 OURS = """
 import sys
-from quantize.streamed import Rounding, round_folder
+from quantize.rounded_tiles import Rounding
+from quantize.streamed import round_folder
 round_folder(sys.argv[1], sys.argv[2], Rounding(4, 128), sys.argv[3], proof=sys.argv[4] == "proved")
 """
 LLM_COMPRESSOR = """

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import FIXTURES, change_tensors, description_file, read_tensors, weight_file
+from checkpoints import FIXTURES, change_tensors, description_file, read_folder, read_tensors, weight_file, write_tensors
+from killing import small_tiles, watched
 
-from convert.engine import convert
+from convert.engine import Result, convert
 from convert.verification import fingerprint
+from formats import open_checkpoint
 from formats.errors import RefusedError, UnreadableError, UsageError
-from quantize.streamed import Rounding, absmax, codes_of, round_folder
+from quantize import rounded_tiles
+from quantize.progress import LayerFigures
+from quantize.rounded_tiles import Rounding, ScaleBands, absmax, codes_of
+from quantize.streamed import Rounded, round_folder
 
 SLIM = FIXTURES / "msmodelslim"
 GOLDENS = {
@@ -68,13 +74,17 @@ def test_quotients_are_rounded_as_the_dtype_rounds_them(dtype: type, lost: int, 
 def test_both_engines_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     values = rng.normal(0, 1, (130, 1024)).astype(np.float32)
-    found = {}
+    found, sums = {}, {}
     for name in ENGINES:
         monkeypatch.setenv("WEIGHBRIDGE_KERNELS", name)
-        scales = absmax(values, 64) / np.float32(7)
-        found[name] = scales, codes_of(values, scales, 64, 0, 7)
+        scales, sums[name] = absmax(values, 64) / np.float32(7), np.ones(2)
+        found[name] = scales, codes_of(values, scales, 64, 0, 7, sums[name])
     for left, right in zip(*found.values(), strict=True):
         np.testing.assert_array_equal(left, right, strict=True)
+    wide, (scales, codes) = values.astype(np.float64), found["numpy"]
+    exact = [float(np.square(codes * scales.astype(np.float64).repeat(64, axis=1) - wide).sum()), float(np.square(wide).sum())]
+    for added in sums.values():
+        np.testing.assert_allclose(added - 1, exact, rtol=1e-5)
 
 
 def copied(tmp_path: Path) -> Path:
@@ -125,3 +135,114 @@ def test_named_linears_stay_float(tmp_path: Path) -> None:
     for name in left:
         np.testing.assert_array_equal(ours[f"{name}.weight"].view(np.uint8), source[f"{name}.weight"].view(np.uint8))
     assert sum(name.endswith(".qweight") for name in ours) == 12
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+WIDE = {"model.layers.0.mlp.up_proj": (224, 2560), "model.layers.0.mlp.down_proj": (96, 1280), "model.layers.1.mlp.up_proj": (160, 4096)}
+ROUNDINGS = {"groups": Rounding(4, 128), "channels": Rounding(8), "dynamic": Rounding(8, dynamic=True)}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of layers of several tiles, one with a row of zeros."""
+    folder, rng = tmp_path_factory.mktemp("wide"), np.random.default_rng(8)
+    tensors = {f"{name}.weight": rng.normal(0, 0.03, shape).astype(ml_dtypes.bfloat16) for name, shape in WIDE.items()}
+    tensors["model.layers.0.mlp.up_proj.weight"][7] = 0
+    tensors |= {"model.embed_tokens.weight": np.ones((8, 64), ml_dtypes.bfloat16), "lm_head.weight": np.ones((8, 64), ml_dtypes.bfloat16)}
+    write_tensors(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16", "hidden_size": 64}))
+    return folder
+
+
+def figures(result: Result, jobs: int = 2) -> dict[str, float]:
+    checkpoint = result.plan.checkpoint
+    assert isinstance(checkpoint, Rounded)
+    return {layer.name: layer.weight_error for layer in checkpoint.figures(checkpoint.layer_names, jobs)}
+
+
+def errors(source: Path, saved: Path) -> dict[str, float]:
+    """||saved - source|| / ||source|| of each layer that msModelSlim's safe_tensor folder holds, in float64 by plain NumPy."""
+    floats, ours, found = read_folder(source), read_tensors(weight_file(saved)), {}
+    for name in (key.removesuffix(".weight_scale") for key in ours if key.endswith(".weight_scale")):
+        weight, codes = (tensors[f"{name}.weight"].astype(np.float64) for tensors in (floats, ours))
+        scales = ours[f"{name}.weight_scale"].astype(np.float64)
+        apart = codes * scales.repeat(codes.shape[1] // scales.shape[1], axis=1) - weight
+        found[name] = float(np.linalg.norm(apart) / np.linalg.norm(weight))
+    return found
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "tiles"])
+@pytest.mark.parametrize("how", ROUNDINGS)
+def test_the_errors_are_those_of_what_was_written(how: str, small: bool, engine: str, wide: Path, tmp_path: Path) -> None:
+    """Whatever the tiles: gptq's are narrow, and read a row of weights in pieces."""
+    wanted, to = {}, "gptq" if how != "dynamic" else "compressed-tensors"
+    round_folder(wide, tmp_path / "slim", ROUNDINGS[how], "msmodelslim")
+    wanted = errors(wide, tmp_path / "slim")
+    assert wanted.keys() == WIDE.keys()
+    assert all(0.003 < error < 0.2 for error in wanted.values())
+    for proof in (True, False):
+        with small_tiles() if small else contextlib.nullcontext(), watched() as begun:
+            result = round_folder(wide, tmp_path / "out", ROUNDINGS[how], to, overwrite=True, proof=proof, jobs=3)
+        assert (len(begun) > 20) == small
+        found = figures(result)
+        assert found == pytest.approx(wanted, rel=1e-5)
+        assert list(found) == result.plan.checkpoint.layer_names
+
+
+def test_an_interrupted_run_has_the_errors_of_a_whole_one(wide: Path, tmp_path: Path) -> None:
+    """Progress is told of every layer in order; the errors of what an earlier run wrote are found in the end."""
+    told: list[tuple[str, int, int, LayerFigures | None]] = []
+
+    def stop(what: str, done: int, of: int, layer: LayerFigures | None) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with small_tiles():
+        with pytest.raises(KeyboardInterrupt):
+            round_folder(wide, tmp_path / "out", Rounding(4, 128), "gptq", progress=stop)
+        result = round_folder(wide, tmp_path / "out", Rounding(4, 128), "gptq", progress=lambda *one: told.append(one))
+    assert result.resumed
+    whole = round_folder(wide, tmp_path / "whole", Rounding(4, 128), "gptq", progress=lambda *one: told.append(one))
+    assert figures(result) == pytest.approx(figures(whole), rel=1e-6)
+    assert [one[:3] for one in told] == [("rounding", done, 3) for done in (1, 2, 3)] * 2
+    assert None in [layer for *_, layer in told[:3]]
+    assert {layer.name: layer.weight_error for *_, layer in told[3:] if layer is not None} == figures(whole)
+    assert {layer.kind for *_, layer in told[3:] if layer is not None} == {"W4A16"}
+
+
+def test_scales_that_do_not_fit_are_made_again(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = rounded_tiles.absmax
+    monkeypatch.setattr(rounded_tiles, "absmax", lambda values, size: made.append(len(values)) or real(values, size))
+    whole = round_folder(wide, tmp_path / "whole", Rounding(4, 32), "gptq", jobs=1)
+    once = sum(made)
+    assert once == sum(out for out, _ in WIDE.values())  # every row's once
+    monkeypatch.setattr(Rounded, "keep_scales", lambda self, limit, layers: setattr(self, "_bands", ScaleBands(0)))
+    again = round_folder(wide, tmp_path / "again", Rounding(4, 32), "gptq", jobs=1)
+    assert sum(made) > 2 * once
+    assert fingerprint(tmp_path / "again").digest == fingerprint(tmp_path / "whole").digest
+    assert figures(again) == figures(whole)
+
+
+def test_kept_scales_are_counted_and_stay_within_their_limit(wide: Path) -> None:
+    checkpoint = Rounded(open_checkpoint(wide), Rounding(4, 32))
+    sizes = sorted((4 * out * in_ // 32 for out, in_ in WIDE.values()), reverse=True)
+    for limit, layers, kept in ((1 << 30, 2, sum(sizes[:2])), (1 << 30, 9, sum(sizes)), (1000, 9, 1000)):
+        checkpoint.keep_scales(limit, layers)
+        assert checkpoint.kept == kept
+    bands = ScaleBands(100)
+    arrays = {band: np.full(10, band, np.float32) for band in range(5)}
+    for band in (0, 1, 0, 2, 3, 0, 4):
+        np.testing.assert_array_equal(bands.take("a", band, lambda band=band: arrays[band]), arrays[band])  # type: ignore[misc]
+    held = [band for band in arrays if bands.take("a", band, lambda: np.empty(0)).size]
+    assert held == [0, 4]  # those used last
+
+
+def test_memory_and_workers_are_as_asked(wide: Path, tmp_path: Path) -> None:
+    result = round_folder(wide, tmp_path / "out", Rounding(4, 128), "gptq", jobs=1, max_memory=100 << 20)
+    memory = result.plan.memory
+    assert (memory.jobs, memory.limit, memory.kept) == (1, 100 << 20, result.plan.checkpoint.kept)
+    assert memory.kept > 0
+    with pytest.raises(UsageError, match=r"--max-memory 50MiB: this checkpoint needs \d+MiB at least"):
+        round_folder(wide, tmp_path / "out", Rounding(4, 128), "gptq", max_memory=50 << 20, overwrite=True)

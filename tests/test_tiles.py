@@ -123,21 +123,21 @@ def test_the_fingerprint_is_what_its_definition_says(kernels: str, small: bool, 
 
 
 @unhurried
-@given(st.integers(0, 4 << 30), st.integers(1, 256), st.integers(0, 1 << 30))
-@example(LIBRARIES + WORKER + SMALLEST_TILE, 1, 0)
-@example(LIBRARIES + WORKER + SMALLEST_TILE - 1, 1, 0)
-@example(256 * MIB, 4, 0)
-def test_shares_of_memory_stay_within_the_limit(limit: int, jobs: int, headers: int) -> None:
-    least = LIBRARIES + headers + WORKER + SMALLEST_TILE
+@given(st.integers(0, 4 << 30), st.integers(1, 256), st.integers(0, 1 << 30), st.integers(0, 1 << 28))
+@example(LIBRARIES + WORKER + SMALLEST_TILE, 1, 0, 0)
+@example(LIBRARIES + WORKER + SMALLEST_TILE - 1, 1, 0, 0)
+@example(256 * MIB, 4, 0, 0)
+def test_shares_of_memory_stay_within_the_limit(limit: int, jobs: int, headers: int, kept: int) -> None:
+    least = LIBRARIES + headers + kept + WORKER + SMALLEST_TILE
     if limit < least:
         with pytest.raises(UsageError, match=f"this checkpoint needs {-(-least // MIB)}MiB at least, {headers // MIB} of them"):
-            share(limit, jobs, headers)
+            share(limit, jobs, headers, kept)
         return
-    memory = share(limit, jobs, headers)
+    memory = share(limit, jobs, headers, kept)
     assert memory.peak <= limit
     assert 1 <= memory.jobs <= jobs
     assert SMALLEST_TILE <= memory.tile <= LARGEST_TILE
-    assert (memory.limit, memory.headers) == (limit, headers)
-    more = LIBRARIES + headers + (memory.jobs + 1) * (WORKER + SMALLEST_TILE)
+    assert (memory.limit, memory.headers, memory.kept) == (limit, headers, kept)
+    more = LIBRARIES + headers + kept + (memory.jobs + 1) * (WORKER + SMALLEST_TILE)
     assert memory.jobs == jobs or more > limit, "no worker is left out that there was room for"
     assert memory.tile == LARGEST_TILE or limit - memory.peak < memory.jobs, "no room is left unused that tiles could take"

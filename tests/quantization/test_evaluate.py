@@ -1,18 +1,20 @@
-"""Accuracy of yes and no: which tokens are compared, that padding changes nothing, where the data is looked for."""
+"""Accuracy of yes and no: as msModelSlim's own code finds it, question by question; that padding changes nothing; where the data is."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from formats.errors import UnreadableError, UsageError
-from quantize.calibration import prompt
 from quantize.evaluate import Accuracy, PrecisionTest
 from quantize.run import load_model, load_tokenizer
 
@@ -45,7 +47,7 @@ class Oracle(nn.Module):
 def test_right_answers_are_counted(tokenizer, tmp_path: Path) -> None:
     path = tiny.questions(tmp_path / "q.jsonl")
     test = PrecisionTest(nn.Identity(), tokenizer, "boolq", 5, data=path)
-    ids = [set(tokenizer(prompt(one, "boolq"))["input_ids"]) for one in tiny.QUESTIONS]
+    ids = [set(tokenizer(asked(one))["input_ids"]) for one in tiny.QUESTIONS]
     sign = next(token for token in ids[0] if any(token not in one for one in ids))
     wanted = sum((sign in one) == question["answer"] for one, question in zip(ids, tiny.QUESTIONS, strict=True))
     test.model = Oracle(sign, *test.choices)
@@ -59,29 +61,31 @@ def test_right_answers_are_counted(tokenizer, tmp_path: Path) -> None:
     assert test.test().right == 12 - wanted
 
 
-def test_the_tokens_are_the_first_in_which_the_answers_differ(tokenizer) -> None:
+def asked(question: dict[str, object]) -> str:
+    return f"{question['title']} -- {question['passage']}\nQuestion: {question['question']}?\nAnswer:"
+
+
+def test_the_tokens_are_the_last_of_each_word(tokenizer) -> None:
+    """This small vocabulary has " no", and " y" and "es"."""
     test = PrecisionTest(nn.Identity(), tokenizer, data=tiny.TINYLM / "config.json")
-    for token, word in zip(test.choices, ("yes", "no"), strict=True):
-        whole = tokenizer(f"Answer: {word}")["input_ids"]
-        start = [*tokenizer("Answer:")["input_ids"], *test.shared]
-        assert whole[: len(start) + 1] == [*start, token]
+    assert [tokenizer.decode([token]) for token in test.choices] == ["es", " no"]
 
 
 class Letters:
-    """A tokenizer of letters: both answers begin with the same one, a space."""
+    """A tokenizer of letters."""
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, truncation=False):
         return {"input_ids": [ord(letter) for letter in text]}
 
     def decode(self, ids, skip_special_tokens=False):
         return "".join(chr(one) for one in ids)
 
 
-def test_what_both_answers_begin_with_goes_to_the_prompt(tmp_path: Path) -> None:
+def test_the_last_token_of_an_answer_counts_and_the_prompt_ends_with_the_colon(tmp_path: Path) -> None:
     test = PrecisionTest(nn.Identity(), Letters(), data=tiny.questions(tmp_path / "q.jsonl"))
-    assert (test.shared, test.choices) == ([32], (ord("y"), ord("n")))
+    assert test.choices == (ord("s"), ord("o"))
     ids, answer = next(test._questions())
-    assert "".join(map(chr, ids)) == prompt(tiny.QUESTIONS[0]) + " "
+    assert "".join(map(chr, ids)) == asked(tiny.QUESTIONS[0])
     assert answer is True
 
 
@@ -110,8 +114,8 @@ def test_a_trained_model_answers_as_it_does_alone(model, tokenizer, tmp_path: Pa
 
 def test_long_prompts_keep_their_end(tokenizer, tmp_path: Path) -> None:
     test = PrecisionTest(nn.Identity(), tokenizer, data=tiny.questions(tmp_path / "q.jsonl"), length=7)
-    whole = tokenizer(prompt(tiny.QUESTIONS[0]))["input_ids"]
-    assert next(test._questions())[0] == [*whole, *test.shared][-7:]
+    whole = tokenizer(asked(tiny.QUESTIONS[0]))["input_ids"]
+    assert next(test._questions())[0] == whole[-7:]
 
 
 class Speaker(nn.Module):
@@ -166,3 +170,47 @@ def test_lines_that_are_no_questions(tokenizer, tmp_path: Path, line: object) ->
 def test_arguments_that_make_no_sense(tokenizer, name: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"{name}: "):
         PrecisionTest(nn.Identity(), tokenizer, data=tiny.TINYLM / "config.json", **{name: value})
+
+
+def undecided(folder: Path, tokenizer, questions: list[dict[str, object]]) -> None:
+    """Make the model in ``folder``, which always says no, say yes to some: as a direction of its last hidden state falls."""
+    model = load_model(folder).float()
+    with torch.no_grad():
+        ends = [model.model(torch.tensor([tokenizer(asked(one))["input_ids"]])).last_hidden_state[0, -1] for one in questions]
+    mean = torch.stack(ends).mean(0)
+    direction = torch.randn(len(mean), generator=torch.Generator().manual_seed(2))
+    direction -= mean * (direction @ mean) / (mean @ mean)
+    yes, no = (tokenizer(f"How can we learning machine learning: {one}")["input_ids"][-1] for one in ("yes", "no"))
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["lm_head.weight"]
+    head[yes] = head[no] + direction.to(head.dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def many_questions(path: Path) -> list[dict[str, object]]:
+    """Questions of several lengths, written to ``path``."""
+    found = []
+    for number, (topic, other) in enumerate((one, two) for one in tiny.TOPICS for two in tiny.TOPICS if one != two):
+        passage = f"The {topic} is a part of the {other}. " * (1 + number % 4) + ("Yes, it is. yes " * (number % 3))
+        question = {"title": topic, "passage": passage, "question": f"is the {topic} in the {other}", "answer": number % 5 < 2}
+        found.append(question)
+    path.write_text("".join(json.dumps(one) + "\n" for one in found))
+    return found
+
+
+@pytest.mark.oracle
+def test_the_tools_own_code_says_the_same_of_every_question(tmp_path: Path) -> None:
+    folder, path = tiny.model_folder(tmp_path / "model"), tmp_path / "dev.jsonl"
+    questions, tokenizer = many_questions(path), load_tokenizer(folder)
+    undecided(folder, tokenizer, questions[::5])
+    command = [os.environ["WEIGHBRIDGE_ORACLE_MSMODELSLIM"], str(Path(__file__).parent / "msmodelslim_boolq.py")]
+    run = subprocess.run([*command, str(folder), str(path), "out.json"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    tool = json.loads((tmp_path / "out.json").read_text())
+    test = PrecisionTest(load_model(folder), tokenizer, "boolq", 4, data=path)
+    assert list(test.choices) == tool["choices"]
+    assert [asked(one) for one in questions] == tool["prompts"]
+    answers = list(test.answers())
+    assert [said == right for said, right in answers] == tool["right"]
+    assert 0.2 < sum(bool(said) for said, _ in answers) / len(questions) < 0.8
+    assert test.test() == Accuracy(sum(tool["right"]), len(questions))

@@ -29,8 +29,9 @@ from quantize.blocks import Weights
 from quantize.plots import draw
 from quantize.progress import LayerFigures, blocks, shown
 from quantize.recipe import RECIPES, load, loads
+from quantize.rounded_tiles import Rounding
 from quantize.run import load_model, load_tokenizer, quantize_model
-from quantize.streamed import Rounding, round_folder
+from quantize.streamed import quantize_streamed, round_folder, rounding_of
 
 LINEARS = 6 * 7
 IDS = torch.arange(3, 27).reshape(1, -1)
@@ -299,6 +300,13 @@ def test_a_plot_shows_every_figure(source: Path, calib: Path, tmp_path: Path) ->
     assert sorted(np.concatenate([line.get_ydata() for line in errors.lines])) == sorted(layer.weight_error for layer in result.layers)
 
 
+def test_a_plot_without_ranges_has_one_panel() -> None:
+    layers = [LayerFigures("model.layers.0.mlp.up_proj", "W4A16", 0.1), LayerFigures("model.layers.1.mlp.up_proj", "W4A16", 0.2)]
+    (errors,) = draw(layers).axes
+    assert [list(line.get_ydata()) for line in errors.lines] == [[0.1, 0.2]]
+    assert errors.get_ylabel() == "relative error of the weight"
+
+
 def test_an_svg_of_layers_without_ranges(source: Path, tmp_path: Path) -> None:
     quantize_model(source, tmp_path / "out", "w8a16", "gptq", plot=tmp_path / "p.svg")
     assert ElementTree.parse(tmp_path / "p.svg").getroot().tag.endswith("svg")
@@ -416,10 +424,57 @@ def test_the_command_line(source: Path, calib: Path, tmp_path: Path) -> None:
     assert (tmp_path / "p.svg").is_file()
 
 
+@pytest.mark.parametrize("recipe", ["w8a16", "w4a16-rtn", "w8a8-dynamic"])
+def test_the_command_line_says_the_errors_of_what_it_streams(recipe: str, source: Path, tmp_path: Path) -> None:
+    """As it does of calibrated runs; the calibrated model's weights are rounded to bfloat16, the figures of a folder are not."""
+    options = ("--recipe", recipe, "--to", "msmodelslim", "--jobs", 1, "--max-memory", "128MiB")
+    result = invoke(source, tmp_path / "out", *options, "--plot", tmp_path / "p.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert all(text in result.stdout for text in ("model.layers.5", "weight error", "42 quantized layers", "proved exact", "write "))
+    assert "range_parm" not in result.stdout
+    said = json.loads(invoke(source, tmp_path / "json", *options, "--json").stdout)
+    assert (said["recipe"]["name"], said["samples"], said["float_linears"]) == (recipe, 0, ["lm_head"])
+    calibrated = quantize_model(source, tmp_path / "calibrated", recipe, "msmodelslim")
+    wanted = {layer.name: (layer.kind, pytest.approx(layer.weight_error, rel=0.08)) for layer in calibrated.layers}
+    assert {layer["name"]: (layer["kind"], layer["weight_error"]) for layer in said["layers"]} == wanted
+    assert len(wanted) == LINEARS
+
+
+def test_the_writing_of_a_calibrated_model_takes_jobs_and_memory(source: Path, calib: Path, tmp_path: Path) -> None:
+    result = quantize_model(source, tmp_path / "out", "w8a8", "msmodelslim", calib=calib, samples=5, jobs=1, max_memory=100 << 20)
+    assert (result.written.plan.memory.jobs, result.written.plan.memory.limit) == (1, 100 << 20)
+
+
+def test_what_the_model_itself_is_needed_for_is_not_streamed() -> None:
+    assert rounding_of(load("w4a16-rtn")) == Rounding(4, 128)
+    for text in (
+        "quant: {a_bit: 16, mm_tensor: false, disable_last_linear: false}",
+        "quant: {a_bit: 16, mm_tensor: false, w_sym: false}",
+        "quant: {a_bit: 16}",
+        "quant: {mm_tensor: false}",
+    ):
+        assert rounding_of(loads(text)) is None
+
+
+def test_linears_that_a_streamed_recipe_names_stay_float(source: Path, tmp_path: Path) -> None:
+    left = "model.layers.3.mlp.down_proj"
+    recipe = loads(f"quant: {{a_bit: 16, mm_tensor: false, disable_names: [{left}, lm_head]}}\nmix_cfg: {{'*.1.*.o_proj': float}}")
+    result = quantize_streamed(source, tmp_path / "out", recipe, "gptq")
+    assert result.float_names == ("model.layers.1.self_attn.o_proj", left, "lm_head")
+    assert set(open_checkpoint(tmp_path / "out").layer_names) == {layer.name for layer in result.layers}
+    with pytest.raises(UsageError, match=r"disable_names: 'model\.layers\.9"):
+        quantize_streamed(
+            source, tmp_path / "no", loads(f"quant: {{a_bit: 16, mm_tensor: false, disable_names: ['{left[:13]}9']}}"), "gptq"
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
         (["--recipe", "w8a8", "--to", "awq"], 2, "needs calibration data"),
+        (["--recipe", "w8a16", "--to", "gptq", "--plot", "p.pdf"], 2, "wanted a name that ends in .png or .svg"),
+        (["--recipe", "w8a16", "--to", "gptq", "--max-memory", "70MiB"], 2, "--max-memory 70MiB: this checkpoint needs"),
         (["--recipe", "w8a16", "--to", "awq"], 3, "needs 8-bit"),
         (["--recipe", "w8a16", "--to", "gptq", "--device", "npu:0"], 2, "torch_npu is not installed"),
         (["--recipe", "w8a16", "--to", "gptq", "--device", "npu:x"], 2, "give one index"),
@@ -450,6 +505,9 @@ def test_without_matplotlib_only_a_plot_is_refused(source: Path, tmp_path: Path,
     monkeypatch.delattr(quantize, "plots", raising=False)
     with pytest.raises(UsageError, match=r"p\.png: matplotlib.* is not installed; pip install 'weighbridge\[quantize\]'"):
         quantize_model(source, tmp_path / "out", "w8a16", "gptq", plot=tmp_path / "p.png")
+    with pytest.raises(UsageError, match=r"p\.png: matplotlib.* is not installed; pip install 'weighbridge\[quantize\]'"):
+        quantize_streamed(source, tmp_path / "out", load("w8a16"), "gptq", plot=tmp_path / "p.png")
+    quantize_streamed(source, tmp_path / "streamed", load("w8a16"), "gptq")
     quantize_model(source, tmp_path / "out", "w8a16", "gptq")
 
 
