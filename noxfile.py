@@ -192,7 +192,7 @@ def torch(session: nox.Session) -> None:
 def quantize(session: nox.Session) -> None:
     """``quantize`` beside the real msModelSlim 26.1.0, AutoAWQ 0.2.9, AutoGPTQ 0.7.1 and GPTQModel 7.6.0. After the sessions of these.
 
-    msModelSlim's numbers are equal bit for bit; the others' are but for ties. Without their environments these tests are skipped, or
+    msModelSlim's numbers are equal bit for bit; the others' but for ties. Without their environments the tests of these are skipped, or
     fail in CI.
     """
     home = Path(session.virtualenv.location)
