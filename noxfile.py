@@ -190,7 +190,11 @@ def torch(session: nox.Session) -> None:
 
 @nox.session(venv_backend="venv")
 def quantize(session: nox.Session) -> None:
-    """``quantize`` beside the real msModelSlim 26.1.0, which runs in its own environment: equal bit for bit. After ``msmodelslim``."""
+    """``quantize`` beside the real msModelSlim 26.1.0, AutoAWQ 0.2.9, AutoGPTQ 0.7.1 and GPTQModel 7.6.0. After the sessions of these.
+
+    msModelSlim's numbers are equal bit for bit; the others' but for ties. Without their environments the tests of these are skipped, or
+    fail in CI.
+    """
     home = Path(session.virtualenv.location)
     stamp, project = home / "weighbridge-requirements.sha256", Path(__file__).parent / "pyproject.toml"
     pins = (TORCH, "transformers==4.57.1")  # those of msModelSlim's environment
@@ -199,6 +203,7 @@ def quantize(session: nox.Session) -> None:
         session.install(TORCH)
         session.install(*pins, "--editable", ".[test,quantize]")
         stamp.write_text(digest, "ascii")
-    tool = cache_folder() / "oracles" / "msmodelslim" / "bin" / "python"
+    tools = {tool: cache_folder() / "oracles" / tool / "bin" / "python" for tool in ("msmodelslim", "autoawq", "autogptq", "gptqmodel")}
+    variables = {f"WEIGHBRIDGE_ORACLE_{tool.upper()}": str(python) for tool, python in tools.items() if python.exists()}
     tests = str(Path(__file__).parent / "tests" / "quantization")
-    session.run("python", "-m", "pytest", "-m", "", tests, *session.posargs, env={"WEIGHBRIDGE_ORACLE_MSMODELSLIM": str(tool)})
+    session.run("python", "-m", "pytest", "-m", "", tests, *session.posargs, env=variables)

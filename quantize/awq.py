@@ -232,7 +232,7 @@ def _group_errors(rows: Tensor) -> Callable[[Tensor], Tensor]:
 def clipped(weight: Tensor, largest: Tensor) -> Tensor:
     """A copy of ``weight`` [out, in], whose magnitudes are at most ``largest`` [out, groups] in each group."""
     limit = largest.to(weight.device, weight.dtype).unsqueeze(-1)
-    return weight.reshape(*largest.shape, -1).clamp(-limit, limit).reshape(weight.shape)
+    return weight.detach().reshape(*largest.shape, -1).clamp(-limit, limit).reshape(weight.shape)
 
 
 def round_awq(

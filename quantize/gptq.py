@@ -1,12 +1,12 @@
 """GPTQ: round a weight input by input, and let the inputs that are still to come make up for each error.
 
-Published by Frantar et al. (arXiv 2210.17323); in the field as AutoGPTQ 0.7.1 and GPTQModel 7.6.0 spell it. With ``H`` the mean of
-``x x^T`` over the calibration tokens, the error of a rounded row ``v`` of a weight's row ``w`` is ``(w - v) H (w - v)^T``. Functions on
-tensors, for any device; everything is in float32.
+Published by Frantar et al. (arXiv 2210.17323), as AutoGPTQ 0.7.1 and GPTQModel 7.6.0 run it. With ``H`` the mean of ``2 x x^T`` over the
+calibration tokens, a row ``w`` of a weight that is rounded to ``v`` changes its output by ``(w - v) H (w - v)^T / 2``, mean square.
+Functions on tensors, for any device; everything is in float32.
 
-The error is computed from one Cholesky factor and no inverse. With ``H + damping = R R^T``, ``R`` upper triangular, the published
-factor of the inverse is ``U = R^-1``, and its blocks on the diagonal are the inverses of R's. The weights of a block B, once every input
-before it is rounded, are therefore
+One Cholesky factor is enough, and no inverse is made. With ``H + damping = R R^T``, ``R`` upper triangular, the published factor of the
+inverse is ``U = R^-1``, and its blocks on the diagonal are the inverses of R's. The weights of a block B, once every input before it is
+rounded, are therefore
 
     W_B + E R[before B, B] U_BB        E = weight - rounded, of the inputs before B
 

@@ -284,6 +284,13 @@ def test_the_clip_is_the_one_of_a_plain_search(bits, symmetric, group_size, toke
     assert torch.equal(clipped(weight, largest), torch.maximum(torch.minimum(weight, limit), -limit))
 
 
+def test_parameters_give_plain_tensors():
+    weight = nn.Parameter(random(4, IN, seed=2))
+    largest = search_clip("a", weight, random(90, IN, seed=3), 4, False, 16)
+    rounded = round_awq("a", weight, 4, False, 16)
+    assert not any(tensor.requires_grad for tensor in (largest, clipped(weight, largest), rounded.scale, rounded.fake))
+
+
 def test_every_nth_token_is_taken():
     weight, inputs = random(4, IN, seed=2) ** 3, random(1100, IN, seed=3)
     every = search_clip("a", weight, inputs[::2], 3, False, 16, tokens=1000)

@@ -284,6 +284,13 @@ def test_the_same_again_and_nothing_that_is_given_changes():
     assert torch.equal(hessian.matrix, matrix)
 
 
+def test_a_parameter_gives_plain_tensors():
+    hessian = Hessian(IN)
+    hessian.add(torch.nn.Parameter(correlated()))
+    rounded = round_gptq("a", torch.nn.Parameter(some_weight()), hessian, 4, True, 32)
+    assert not any(tensor.requires_grad for tensor in (rounded.scale, rounded.fake, hessian.matrix))
+
+
 # -- the Hessian
 
 

@@ -1,0 +1,29 @@
+"""Runs a script of this folder with the interpreter of a real tool, which `make oracles` installs in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+
+def ask(tool, script, folder, tensors, settings):
+    """The tensors that ``script`` answers, given ``tensors`` and ``settings``, which is JSON. Skips where the tool is not installed; in
+    CI that is a failure."""
+    variable = f"WEIGHBRIDGE_ORACLE_{tool.upper()}"
+    python = os.environ.get(variable)
+    if not python:
+        message = f"{variable} is not set: `make oracles` installs {tool} and runs this test"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    save_file(tensors, folder / "tensors.safetensors")
+    (folder / "settings.json").write_text(json.dumps(settings), "utf-8")
+    command = [python, str(Path(__file__).parent / script), "tensors.safetensors", "settings.json", "answer.safetensors"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, f"{script}: exit status {run.returncode}\n{run.stdout[-2000:]}\n{run.stderr[-6000:]}"
+    return load_file(folder / "answer.safetensors")
