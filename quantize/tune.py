@@ -221,7 +221,10 @@ class Tuner:
         return sorted(ranges, key=ranges.__getitem__, reverse=True)
 
     def trial(self, method: str | None, floats: Sequence[str] = ()) -> Trial:
-        """Quantize and measure."""
+        """Quantize and measure, unless that trial was made."""
+        made = next((one for one in self.trials if one.method == method and set(one.floats) == set(floats)), None)
+        if made is not None:
+            return made
         key = {"method": method, "floats": sorted(floats)}
         kept = None if self._kept is None else self._kept.get(key)
         if kept is None:
