@@ -11,7 +11,7 @@ import numpy as np
 from checkpoints import DTYPES, Tensors, read_tensors
 
 from .bits import cast
-from .decoding import decode, law, same
+from .decoding import decode, decode_sparse, law, same
 from .expected import Task
 from .models import Layer, float_linears, products, steps_of
 from .verdict import insist
@@ -41,8 +41,9 @@ def check_layer(task: Task, layer: Layer, tensors: Tensors) -> bool:
         insist((f"{name}.weight_packed" in tensors) == (not layer.inputs), name, "is in the other format of integers")
         insist((f"{name}.weight_zero_point" in tensors) == task.says_zeros(layer), name, "has zero points where it needs none, or none")
         insist((f"{name}.weight_g_idx" in tensors) == (layer.order is not None), name, "has a g_idx that says nothing, or none")
+    sparse = decode_sparse(tensors, name) if task.sparse(layer) else None
     exact &= check_inputs(task, layer, tensors)
-    found = decode(task.variant, tensors, name, task.bits(layer), layer.groups * repeat)
+    found = sparse or decode(task.variant, tensors, name, task.bits(layer), layer.groups * repeat)
     scales = cast(layer.scales, dtype)
     insist(found.whole == task.keeps_tensor(layer), name, "has one scale for the tensor:", found.whole)
     insist(found.codes.shape == layer.shape, name, "is", found.codes.shape, "not", layer.shape)
@@ -115,7 +116,7 @@ def check_config(task: Task, folder: Path) -> None:
         insist(("version" in types) == task.variant.endswith(("ascendv1", "vllm-ascend")), "the description is of another variant")
         for layer in task.model.layers:
             kind = {"": "A16", "static": "A8", "dynamic": "A8_DYNAMIC", "both": "A8_MIX" if "version" in types else "A8"}[layer.inputs]
-            wanted = f"W{task.bits(layer)}{kind}"
+            wanted = "W8A8S" if task.sparse(layer) else f"W{task.bits(layer)}{kind}"
             insist(types[f"{layer.name}.weight"] == wanted, layer.name, "is described as", types[f"{layer.name}.weight"], "not", wanted)
     elif task.variant == "compressed-tensors":
         check_compressed_config(task, said)

@@ -83,6 +83,15 @@ def decode(variant: str, tensors: Tensors, name: str, bits: int, groups: int) ->
     return Decoded(codes, zeros, scales, np.arange(codes.shape[1]) // (codes.shape[1] // groups))
 
 
+def decode_sparse(tensors: Tensors, name: str) -> Decoded:
+    """W8A8S: the codes are removed; deq_scale and input_scale, whose quotient is the scale, are left to be compared."""
+    codes, product, step = (tensors[f"{name}.{part}"] for part in ("weight", "deq_scale", "input_scale"))
+    del tensors[f"{name}.weight"]
+    product = product.astype(np.int32).view(np.float32) if product.dtype == np.int64 else product
+    scales = (product / step.astype(np.float32)).reshape(-1, 1)
+    return Decoded(codes, np.zeros(scales.shape, np.int16), scales, np.zeros(codes.shape[1], np.int64))
+
+
 def decode_compressed(tensors: Tensors, name: str, bits: int, take: Callable[[str], Array]) -> Decoded:
     if f"{name}.weight_packed" in tensors:
         shape = take("weight_shape")

@@ -66,7 +66,7 @@ def fused(name: str) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """A conversion as this file understands it: what the target must hold, or why it cannot."""
+    """A conversion as it is understood here: what the target must hold, or why it cannot."""
 
     model: Model
     target: str
@@ -102,6 +102,10 @@ class Task:
             return ""
         return "static" if layer.inputs == "both" and self.variant == "compressed-tensors" else layer.inputs
 
+    def sparse(self, layer: Layer) -> bool:
+        """Whether the target has W8A8S for it: then deq_scale and input_scale, which say its scale, stay what they are."""
+        return layer.spelled == "sparse" and self.variant.startswith("msmodelslim") and self.variant != "msmodelslim:vllm-ascend"
+
     def keeps_tensor(self, layer: Layer) -> bool:
         """Whether one scale of the whole tensor stays one."""
         if self.variant in {"msmodelslim:safe_tensor", "msmodelslim:ascendv1"}:
@@ -129,6 +133,8 @@ class Task:
     def scales_in(self, layer: Layer) -> str:
         """The dtype of a layer's scales there; of its weights, where they are dequantized."""
         stored = NAMES[layer.scales.dtype]
+        if self.sparse(layer):
+            return stored
         if self.serve_dtype and self.group_of(layer) == 0:
             return TORCH[self.serve_dtype]
         if self.dense and self.scale_dtype is None:
@@ -148,6 +154,8 @@ class Task:
 
     def input_scale_in(self, layer: Layer) -> str:
         assert layer.input_scale is not None
+        if self.sparse(layer):
+            return NAMES[layer.input_scale.dtype]
         return TORCH[self.serve_dtype] if self.serve_dtype else self._stored_in(NAMES[layer.input_scale.dtype], True)
 
     def deq_scale_in(self, layer: Layer) -> str:
