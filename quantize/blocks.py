@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from convert.matrices import LEAF_ROWS
 from formats import Checkpoint, Location, open_checkpoint
 from formats.errors import RefusedError, UnreadableError, UsageError
-from formats.ir import QuantizedLinear, dequantize, read
+from formats.ir import dequantize, read
 
 from .architectures import Architecture, architecture_of
 
@@ -79,17 +79,21 @@ class Weights:
         if module in self._layers:
             layer = self.checkpoint.layer(module)
             if leaf == "weight":
-                return self._dequantized(layer)
+                return self._in_tiles(layer.shape, lambda rows: dequantize(layer, rows))
             assert layer.bias is not None
             return self._floats(to_torch(read(layer.bias)))
-        return self._floats(to_torch(read(cast(Any, self.checkpoint.plain(name).data))))
+        data: Any = self.checkpoint.plain(name).data
+        if len(data.shape) == 2 and data.dtype.name in {"float16", "bfloat16", "float32", "float64"}:
+            return self._in_tiles(data.shape, lambda rows: read(data, rows))
+        return self._floats(to_torch(read(data)))
 
-    def _dequantized(self, layer: QuantizedLinear) -> Tensor:
-        weight = torch.empty(layer.shape, dtype=self.dtype)
-        step = max(1, TILE // layer.shape[1] // LEAF_ROWS) * LEAF_ROWS  # no layout's tiles are split there
-        for start in range(0, layer.shape[0], step):
-            weight[start : start + step] = to_torch(dequantize(layer, slice(start, start + step)))
-        return weight
+    def _in_tiles(self, shape: tuple[int, int], rows_of: Callable[[slice], Any]) -> Tensor:
+        """A matrix [out, in] in ``dtype``, of which only a tile is read and converted at a time."""
+        matrix = torch.empty(shape, dtype=self.dtype)
+        step = max(1, TILE // max(shape[1], 1) // LEAF_ROWS) * LEAF_ROWS  # no layout's tiles are split there
+        for start in range(0, shape[0], step):
+            matrix[start : start + step] = to_torch(rows_of(slice(start, start + step)))
+        return matrix
 
     def _floats(self, tensor: Tensor) -> Tensor:
         # Always a copy, in memory of torch's own alignment, on which the last bits of matrix products depend.

@@ -32,8 +32,10 @@ __all__ = ["Measured", "SampleFigures", "Served", "measure", "predictions", "sta
 
 IN_MEMORY = 1 << 30
 """Bytes of hidden states, of both models, that stay in memory."""
-ROWS = 1 << 23
-"""Logits of one model that are looked at at a time."""
+LOGITS = 1 << 23
+"""Logits of one model that are made at a time."""
+SCORES = 1 << 20
+"""Log-probabilities in float64 that are looked at at a time."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def predictions(
     device: torch.device | None = None,
 ) -> Iterator[SampleFigures]:
     """What each of the models says, whose last layers made ``states`` of the same samples; the rest as in ``measure``."""
-    step = max(1, ROWS // int(models[0].blocks.config.vocab_size))
+    step = max(1, LOGITS // int(models[0].blocks.config.vocab_size))
     with contextlib.ExitStack() as stack:
         heads = [stack.enter_context(_stage(one, None, device)) for one in models]
         for index, sample in enumerate(samples):
@@ -205,19 +207,18 @@ def predictions(
             sums = _Sums(len(models))
             for start in range(len(ids) - 1 if only_last else 0, len(ids), step):
                 part = slice(start, start + step)
-                scores = [_scores(head, held[:, part]) for head, held in zip(heads, hidden, strict=True)]
-                if not all(bool(one.isfinite().all()) for one in scores):
+                logits = [_logits(head, held[:, part]) for head, held in zip(heads, hidden, strict=True)]
+                if not all(bool(one.isfinite().all()) for one in logits):
                     raise UnreadableError(f"sample {index + 1}: the model's logits are NaN or infinite; compute in a wider dtype")
-                sums.add(scores, ids[start + 1 : start + 1 + step].to(scores[0].device))
-            yield sums.figures(len(ids), 0 if only_last else len(ids) - 1, scores, choices)
+                sums.add(logits, ids[start + 1 : start + 1 + step].to(logits[0].device))
+            yield sums.figures(len(ids), 0 if only_last else len(ids) - 1, choices)
 
 
-def _scores(head: Any, hidden: Tensor) -> Tensor:
-    """[positions, vocabulary] float64 log-probabilities."""
+def _logits(head: Any, hidden: Tensor) -> Tensor:
+    """[positions, vocabulary], where float64 can be had."""
     place = next(parameter.device for parameter in head.parameters())
-    logits = head(inputs_embeds=hidden.to(place)).logits[0]
-    wide = logits.double() if place.type in {"cpu", "cuda"} else logits.cpu().double()  # an NPU has no float64
-    return torch.log_softmax(wide, -1)
+    found: Tensor = head(inputs_embeds=hidden.to(place)).logits[0]
+    return found if place.type in {"cpu", "cuda"} else found.cpu()  # an NPU has no float64
 
 
 class _Sums:
@@ -226,24 +227,32 @@ class _Sums:
     def __init__(self, models: int) -> None:
         self.nll, self.right = [0.0] * models, [0] * models
         self.kl, self.agreed, self.last_kl, self.last_agreed = 0.0, 0, 0.0, True
+        self.last: list[Tensor] = []
 
-    def add(self, scores: Sequence[Tensor], following: Tensor) -> None:
-        """Log-probabilities of each model after some tokens, and the tokens that follow; after the last one none does."""
+    def add(self, logits: Sequence[Tensor], following: Tensor) -> None:
+        """Logits of each model after some tokens, and the tokens that follow; after the sample's last one none does."""
+        step = max(1, SCORES // logits[0].shape[1])
+        for start in range(0, len(logits[0]), step):
+            self._add([one[start : start + step] for one in logits], following[start : start + step])
+        self.last = [one[-1] for one in logits]
+
+    def _add(self, logits: Sequence[Tensor], following: Tensor) -> None:
+        scores = [torch.log_softmax(one.double(), -1) for one in logits]
         count = len(following)
         for number, one in enumerate(scores):
             self.nll[number] -= float(one[:count].gather(1, following[:, None]).sum())
-            self.right[number] += int((one[:count].argmax(1) == following).sum())
+            self.right[number] += int((logits[number][:count].argmax(1) == following).sum())
         if len(scores) == 2:
             model, reference = scores
             kl = (reference.exp() * (reference - model)).sum(1)
-            agreed = model.argmax(1) == reference.argmax(1)
+            agreed = logits[0].argmax(1) == logits[1].argmax(1)
             self.kl += float(kl[:count].sum())
             self.agreed += int(agreed[:count].sum())
             self.last_kl, self.last_agreed = float(kl[-1]), bool(agreed[-1])
 
-    def figures(self, tokens: int, positions: int, last: Sequence[Tensor], choices: tuple[int, int] | None) -> SampleFigures:
-        """The sample's; ``last``: log-probabilities whose last row is what is said after the last token."""
-        said = [None if choices is None else bool(one[-1, choices[0]] > one[-1, choices[1]]) for one in last]
+    def figures(self, tokens: int, positions: int, choices: tuple[int, int] | None) -> SampleFigures:
+        """The sample's, once its last logits were added."""
+        said = [None if choices is None else bool(one[choices[0]] > one[choices[1]]) for one in self.last]
         model, *others = (Prediction(*one) for one in zip(self.nll, self.right, said, strict=True))
         reference = others[0] if others else None
         return SampleFigures(tokens, positions, model, reference, self.kl, self.agreed, self.last_kl, self.last_agreed)

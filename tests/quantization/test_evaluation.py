@@ -176,7 +176,8 @@ def test_chunks_of_logits_and_states_in_files_change_nothing(source: Path, tmp_p
     monkeypatch.setattr(
         Blocks, "begin", lambda self, samples, path=None, device=None: begun.append(path) or begin(self, samples, path, device)
     )
-    monkeypatch.setattr(quantize.measure, "ROWS", 2048 * 7)
+    monkeypatch.setattr(quantize.measure, "LOGITS", 2048 * 7)
+    monkeypatch.setattr(quantize.measure, "SCORES", 2048 * 3)
     monkeypatch.setattr(quantize.measure, "IN_MEMORY", 1000)
     (tmp_path / "work").mkdir()
     found = evaluated(tmp_path / "four", source, work_dir=tmp_path / "work")
