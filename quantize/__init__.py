@@ -8,21 +8,26 @@ torch and transformers come with the extra ``[quantize]``. They are imported whe
 configs need neither.
 
 ===================  ==========================================================================================
-``config``           ``QuantConfig``, ``AntiOutlierConfig``: every argument, its default, and what may go together
+``config``           ``QuantConfig``, ``AntiOutlierConfig``, ``Gptq``, ``Awq``: every argument, its default, what may go together
 ``devices``          the only module that names a device
-``rounding``         weights -> codes, scales, offsets
+``rounding``         weights -> codes, scales, offsets; ``gptq`` and ``awq``: by what their inputs are
 ``observers``        what calibration remembers of activations, and the scales that follow
 ``layers``           one linear, quantized: the numbers that a file needs
 ``fake``             the linear that takes a quantized layer's place in the caller's model
-``kv_cache``         scales of an int8 KV cache (C8)
-``attention``        scales of 8-bit attention (FA3)
-``calibrator``       ``Calibrator``: which layers, calibration, results
+``kv_cache``         scales of an int8 KV cache (C8); ``attention``: of 8-bit attention (FA3)
+``stage``            the linears of a model, or of one decoder layer: observed, rounded, calibrated
+``calibrator``       ``Calibrator``: which layers, in which order, results; ``saving``: them as files
 ``anti_outlier``     ``AntiOutlier``: smoothing before quantization
-``blocks``           a decoder, one layer at a time
+-------------------  ------------------------------------------------------------------------------------------
+``blocks``           a decoder, one layer at a time; ``layerwise``: quantized so; ``compensated``: by GPTQ or AWQ
+``recipe``           what to do, as YAML; ``run``: ``quantize_model``, a folder into a folder by a recipe
+``ways``             layer by layer with ``work`` that outlives a kill, or with the whole model in memory
+``streamed``         what needs no data, without torch, at the conversion engine's speed
 ``simulate``         what a quantized folder computes
 ``evaluation``       ``evaluate_model``: perplexity, accuracy, KL divergence of a folder; ``measure`` is its core
 ``analyze``          ``analyze_model``: which linears suffer from quantization
-``scoring``          ``score_samples``: which samples do, and calibration data chosen by it
+``tune``             ``tune_model``: which smoothing, and which linears left in float, are enough
+``scoring``          ``score_samples``: which samples suffer, and calibration data chosen by it
 ===================  ==========================================================================================
 
 The numbers follow msModelSlim 26.1.0, whose kernels are compiled: each formula was read off the tensor operations that the real
@@ -40,9 +45,14 @@ if TYPE_CHECKING:
     from .calibrator import Calibrator
     from .config import AntiOutlierConfig, QuantConfig
     from .evaluation import evaluate_model
+    from .run import quantize_model
     from .scoring import score_samples
+    from .tune import tune_model
 
-__all__ = ["AntiOutlier", "AntiOutlierConfig", "Calibrator", "QuantConfig", "analyze_model", "evaluate_model", "score_samples"]
+__all__ = [
+    "AntiOutlier", "AntiOutlierConfig", "Calibrator", "QuantConfig", "analyze_model", "evaluate_model", "quantize_model",
+    "score_samples", "tune_model",
+]  # fmt: skip
 
 _HOMES = {
     "AntiOutlier": "anti_outlier",
@@ -51,7 +61,9 @@ _HOMES = {
     "QuantConfig": "config",
     "analyze_model": "analyze",
     "evaluate_model": "evaluation",
+    "quantize_model": "run",
     "score_samples": "scoring",
+    "tune_model": "tune",
 }
 
 
