@@ -8,7 +8,7 @@ torch and transformers come with the extra ``[quantize]``. They are imported whe
 configs need neither.
 
 ===================  ==========================================================================================
-``config``           ``QuantConfig``, ``AntiOutlierConfig``, ``Gptq``, ``Awq``: every argument, its default, what may go together
+``config``           ``QuantConfig``, ``AntiOutlierConfig``: every argument, its default, what may go together; ``methods``: GPTQ, AWQ
 ``devices``          the only module that names a device
 ``rounding``         weights -> codes, scales, offsets; ``gptq`` and ``awq``: by what their inputs are
 ``observers``        what calibration remembers of activations, and the scales that follow

@@ -22,9 +22,10 @@ from formats.errors import UnreadableError
 from .anti_outlier import AntiOutlier
 from .architectures import Subgraph
 from .awq import clipped, is_clipped, round_awq, search_clip, search_scale
-from .config import Awq, Gptq, QuantConfig
+from .config import QuantConfig
 from .gptq import Hessian, round_gptq
 from .layers import QuantizedLayer, rounded_layer
+from .methods import Awq, Gptq
 from .stage import MORE_SAMPLES, UNREACHED, forward
 
 __all__ = ["awq_rounded", "awq_scaled", "gptq_rounded", "groups_by_input"]

@@ -24,7 +24,7 @@ from formats.errors import UsageError
 
 from .devices import device_name
 
-__all__ = ["ANTI_METHODS", "GROUP_SIZES", "MIX_TYPES", "AntiOutlierConfig", "Awq", "Gptq", "QuantConfig"]
+__all__ = ["ANTI_METHODS", "GROUP_SIZES", "MIX_TYPES", "AntiOutlierConfig", "QuantConfig"]
 
 GROUP_SIZES = (32, 64, 128, 256)
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -37,7 +37,7 @@ MIX_TYPES = ("w8a8", "w8a16", "w8a8_dynamic", "float", "w4a8_dynamic")
 logger = logging.getLogger(__name__)
 
 
-def _whole(name: str, value: object, choices: tuple[int, ...] | None = None, low: int | None = None) -> None:
+def check_whole(name: str, value: object, choices: tuple[int, ...] | None = None, low: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise UsageError(f"{name}: {value!r} is not a whole number")
     if choices is not None and value not in choices:
@@ -46,14 +46,14 @@ def _whole(name: str, value: object, choices: tuple[int, ...] | None = None, low
         raise UsageError(f"{name}: {value} is less than {low}")
 
 
-def _number(name: str, value: object, low: float, high: float) -> None:
+def check_number(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UsageError(f"{name}: {value!r} is not a number")
     if not low <= value <= high:
         raise UsageError(f"{name}: {value} is not between {low} and {high}")
 
 
-def _flags(config: object, *names: str) -> None:
+def check_flags(config: object, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(config, name), bool):
             raise UsageError(f"{name}: {getattr(config, name)!r} is neither True nor False")
@@ -143,7 +143,7 @@ class QuantConfig:
         self, w_method: str = "MinMax", mm_tensor: bool = True, w_sym: bool = True, group_size: int = 64, block_size: int = 64
     ) -> QuantConfig:
         """Weights only (W8A16, W4A16, NF4). Its defaults replace what was set before (quirk 1). Returns this config."""
-        _whole("block_size", block_size, BLOCK_SIZES)
+        check_whole("block_size", block_size, BLOCK_SIZES)
         return self._changed(w_method=w_method, mm_tensor=mm_tensor, w_sym=w_sym, group_size=group_size, block_size=block_size)
 
     def weight_activation_quant(self, act_method: int = 1, pr: float = 1.0, is_dynamic: bool = False) -> QuantConfig:
@@ -180,17 +180,17 @@ class QuantConfig:
 
     def fa_quant(self, fa_amp: int = 0) -> QuantConfig:
         """Attention in 8 bits as well (FA3); ``fa_amp`` of its layers stay float. Returns this config."""
-        _whole("fa_amp", fa_amp, low=0)
+        check_whole("fa_amp", fa_amp, low=0)
         return self._changed(use_fa_quant=True, fa_amp=fa_amp)
 
     def timestep_quant(self, max_dynamic_step: int | None = None) -> QuantConfig:
         """Activation scales by time step, for diffusion models. Returns this config."""
-        _whole("max_dynamic_step", max_dynamic_step, low=0)
+        check_whole("max_dynamic_step", max_dynamic_step, low=0)
         return self._changed(use_timestep_quant=True, max_dynamic_step=max_dynamic_step)
 
     def simulate_tp(self, tp_size: int, enable_communication_quant: bool = True, enable_per_device_quant: bool = True) -> QuantConfig:
         """Quantize as ``tp_size`` devices would, each its part. Returns this config."""
-        _whole("tp_size", tp_size, TENSOR_PARALLEL_SIZES)
+        check_whole("tp_size", tp_size, TENSOR_PARALLEL_SIZES)
         for name, value in (
             ("enable_communication_quant", enable_communication_quant),
             ("enable_per_device_quant", enable_per_device_quant),
@@ -255,19 +255,19 @@ class QuantConfig:
             raise UsageError(f"pdmix: is for static W8A8, and this config makes {self.model_quant_type}")
 
     def _check_types(self) -> None:
-        _whole("w_bit", self.w_bit)
-        _whole("a_bit", self.a_bit)
-        _whole("act_method", self.act_method, (1, 2, 3))
+        check_whole("w_bit", self.w_bit)
+        check_whole("a_bit", self.a_bit)
+        check_whole("act_method", self.act_method, (1, 2, 3))
         if self.w_method not in WEIGHT_METHODS:
             raise UsageError(f"w_method: {self.w_method!r} is not one of {', '.join(WEIGHT_METHODS)}")
         _strings("disable_names", self.disable_names)
-        _flags(self, "mm_tensor", "nonuniform", "co_sparse", "w_sym", "is_lowbit", "do_smooth", "use_sigma", "disable_last_linear")
-        _flags(self, "use_kvcache_quant", "open_outlier", "is_dynamic", "pdmix")
-        _whole("group_size", self.group_size)
-        _number("pr", self.pr, float("-inf"), float("inf"))
-        _number("percdamp", self.percdamp, 0, 1)
-        _number("fraction", self.fraction, 0.01, 0.1)
-        _number("sigma_factor", self.sigma_factor, 3.0, 4.0)
+        check_flags(self, "mm_tensor", "nonuniform", "co_sparse", "w_sym", "is_lowbit", "do_smooth", "use_sigma", "disable_last_linear")
+        check_flags(self, "use_kvcache_quant", "open_outlier", "is_dynamic", "pdmix")
+        check_whole("group_size", self.group_size)
+        check_number("pr", self.pr, float("-inf"), float("inf"))
+        check_number("percdamp", self.percdamp, 0, 1)
+        check_number("fraction", self.fraction, 0.01, 0.1)
+        check_number("sigma_factor", self.sigma_factor, 3.0, 4.0)
         self.device = device_name(self.dev_type, self.dev_id)
         if self.a_bit == 8 and not self.w_sym:
             raise UsageError("w_sym: must be True when a_bit is 8; weights with offsets need a_bit 16")
@@ -283,14 +283,14 @@ class QuantConfig:
                 logger.warning("co_sparse: w_bit and a_bit become 4 and 8 (they were %d and %d)", self.w_bit, self.a_bit)
                 self.w_bit, self.a_bit = 4, 8
         elif self.is_lowbit and self.w_bit == 4:
-            _number("pr", self.pr, 0, 1)
-            _whole("a_bit", self.a_bit, (8, 16))
+            check_number("pr", self.pr, 0, 1)
+            check_whole("a_bit", self.a_bit, (8, 16))
 
     def _settle_groups(self) -> None:
         weights_only_or_w4a8 = self.a_bit == 16 or (self.w_bit, self.a_bit) == (4, 8)
         self.is_per_group = weights_only_or_w4a8 and self.is_lowbit and not self.open_outlier
         if self.is_per_group:
-            _whole("group_size", self.group_size, GROUP_SIZES)
+            check_whole("group_size", self.group_size, GROUP_SIZES)
             self.do_smooth = False
             self.mm_tensor = False
         else:
@@ -372,9 +372,9 @@ class AntiOutlierConfig:
         self.device = device_name(self.dev_type, self.dev_id)
         if self.anti_method not in ANTI_METHODS:
             raise UsageError(f"anti_method: {self.anti_method!r} is not one of {', '.join(ANTI_METHODS)}")
-        _whole("w_bit", self.w_bit, (4, 8))
-        _whole("a_bit", self.a_bit, (8, 16) if self.anti_method == "m3" else (8,))
-        _flags(self, "w_sym")
+        check_whole("w_bit", self.w_bit, (4, 8))
+        check_whole("a_bit", self.a_bit, (8, 16) if self.anti_method == "m3" else (8,))
+        check_flags(self, "w_sym")
         _strings("disable_anti_names", self.disable_anti_names)
         if not self.w_sym and self.anti_method != "m3":
             raise UsageError("w_sym: False goes with anti_method m3 only")
@@ -383,57 +383,3 @@ class AntiOutlierConfig:
                 raise UsageError(f"flex_config: {key!r} is not one of alpha, beta")
             if not _FLEX_KEYS[key](value):
                 raise UsageError(f"flex_config: {key} is {value!r}, not a number")
-
-
-@dataclass(frozen=True)
-class Gptq:
-    """Settings, with the published defaults.
-
-    act_order         round the inputs of the largest diagonal first (``desc_act``)
-    act_group_aware   the same for groups, and for the inputs within each; not with act_order, which already has them in order
-    static_groups     find the groups' scales before anything is rounded, so that act order leaves groups in place
-    percdamp          what is added to the diagonal, as a part of its mean, 0 to 1 (``damp_percent``)
-    block_size        inputs between two updates of the weight. It decides the speed, not the result
-    true_sequential   what reads a rounded linear's output is rounded after it, with that output as its input
-    mse               the power of the errors by which scales are searched, 2.4 where tools search; 0: from the largest weights
-    """
-
-    act_order: bool = False
-    act_group_aware: bool = False
-    static_groups: bool = False
-    percdamp: float = 0.01
-    block_size: int = 128
-    mse: float = 0.0
-    true_sequential: bool = True
-
-    def __post_init__(self) -> None:
-        _flags(self, "act_order", "act_group_aware", "static_groups", "true_sequential")
-        if self.act_order and self.act_group_aware:
-            raise UsageError("act_group_aware: act_order already sorts all inputs; choose one of them")
-        _number("percdamp", self.percdamp, 0, 1)
-        _whole("block_size", self.block_size, low=1)
-        _number("mse", self.mse, 0, 10)
-
-
-@dataclass(frozen=True)
-class Awq:
-    """Settings of the search for scales and clips, with AutoAWQ's defaults.
-
-    scale, clip   what is searched; grid: candidates of each
-    duo_scaling   scales weigh the weights' magnitudes too
-    max_shrink    the largest part by which a clip makes a magnitude smaller, 0 to 1
-    clip_tokens   tokens by which clips are judged
-    """
-
-    scale: bool = True
-    clip: bool = True
-    grid: int = 20
-    duo_scaling: bool = True
-    max_shrink: float = 0.5
-    clip_tokens: int = 512
-
-    def __post_init__(self) -> None:
-        _flags(self, "scale", "clip", "duo_scaling")
-        _whole("grid", self.grid, low=1)
-        _whole("clip_tokens", self.clip_tokens, low=1)
-        _number("max_shrink", self.max_shrink, 0, 1)

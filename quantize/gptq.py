@@ -45,10 +45,10 @@ from torch import Tensor
 
 from formats.errors import RefusedError, UnreadableError, UsageError
 
-from .config import Gptq
+from .methods import Gptq
 from .rounding import EPSILON, RoundedWeight
 
-__all__ = ["Gptq", "Hessian", "checked_width", "round_gptq"]
+__all__ = ["Hessian", "checked_width", "round_gptq"]
 
 BITS = range(2, 9)
 PANEL = 1024

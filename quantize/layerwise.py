@@ -31,9 +31,10 @@ from .attention import AttentionObserver
 from .blocks import Blocks, Sample, States, inputs_of
 from .calibrator import wild_names
 from .compensated import awq_rounded, awq_scaled, gptq_rounded
-from .config import AntiOutlierConfig, Awq, Gptq, QuantConfig
+from .config import AntiOutlierConfig, QuantConfig
 from .devices import resolve
 from .layers import STATIC_TYPES, QuantizedLayer, check_linear
+from .methods import Awq, Gptq
 from .stage import FEATURE_SAMPLES, Progress, Stage, rounded_to_nearest
 
 __all__ = ["Job", "LayerRun", "MadeLayer", "whole_model_only"]

@@ -33,7 +33,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from formats.errors import UnreadableError, UsageError
 
-from .config import MIX_TYPES, AntiOutlierConfig, Awq, Gptq, QuantConfig
+from .config import MIX_TYPES, AntiOutlierConfig, QuantConfig
+from .methods import Awq, Gptq
 
 __all__ = ["RECIPES", "Calibration", "Recipe", "load", "loads"]
 

@@ -20,8 +20,9 @@ from formats.ir import dequantize
 from quantize.calibration import calibration_data
 from quantize.calibrator import Calibrator
 from quantize.compensated import groups_by_input
-from quantize.config import Gptq, QuantConfig
+from quantize.config import QuantConfig
 from quantize.gptq import Hessian, round_gptq
+from quantize.methods import Gptq
 from quantize.models import load_model, load_tokenizer
 from quantize.recipe import loads
 from quantize.run import quantize_model

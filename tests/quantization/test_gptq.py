@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from formats.errors import RefusedError, UnreadableError, UsageError
-from quantize.gptq import PANEL, Gptq, Hessian, round_gptq
+from quantize.gptq import PANEL, Hessian, round_gptq
+from quantize.methods import Gptq
 
 OUT, IN = 24, 96
 

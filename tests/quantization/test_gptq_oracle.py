@@ -6,7 +6,8 @@ import pytest
 import torch
 from real_tools import ask
 
-from quantize.gptq import Gptq, Hessian, round_gptq
+from quantize.gptq import Hessian, round_gptq
+from quantize.methods import Gptq
 
 pytestmark = pytest.mark.oracle
 
