@@ -11,6 +11,7 @@ import typer
 from formats.errors import UsageError
 
 from .cli_options import BASE_MODEL, DATA_TEMPLATE, DEVICE, DTYPE, JOBS, JSON, MEMORY, SHARD, TO, WORK_DIR
+from .memory import give_back_at_once
 from .printing import TrialRows, print_analysis, print_evaluation, print_quantized, print_scores, print_tasks, print_tuned
 from .terminal import parse_size, print_json
 
@@ -18,6 +19,7 @@ from .terminal import parse_size, print_json
 @contextlib.contextmanager
 def core() -> Iterator[None]:
     """Around imports of the quantization core: what is not installed is a UsageError."""
+    give_back_at_once()
     try:
         yield
     except ImportError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Sized
 from dataclasses import dataclass
 
@@ -18,6 +20,9 @@ WORKER = 18 * MIB
 
 SMALLEST_TILE = 1 * MIB
 LARGEST_TILE = 32 * MIB
+
+_M_MMAP_THRESHOLD = -3
+"""glibc's name for the size from which a block is mapped, so that freeing it gives it back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +57,13 @@ def share(limit: int, jobs: int, headers: int, kept: int = 0) -> Memory:
 def header_bytes(tensors: Sized, layers: int = 0, outputs: int = 0) -> int:
     """Bytes that lists of so many tensors to read, layers to plan and tensors to write take, about."""
     return 400 * len(tensors) + 700 * layers + 240 * outputs
+
+
+def give_back_at_once() -> None:
+    """Let the C library return freed blocks of 1 MiB and more to the system, in a process that is ours.
+
+    glibc stops doing so for blocks of the size of weights once a few were freed, and a process that loads one layer after the other then
+    holds the memory of several (measured: 740 MiB instead of 400 for layers of 100). Where there is no ``mallopt`` nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MIB)

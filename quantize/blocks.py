@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -239,6 +240,10 @@ class Blocks:
                 _put(self.model, path, module)
             if self._use_cache is not None:
                 self.config.use_cache = self._use_cache
+            if self.weights is not None:
+                swapped.clear()
+                there.clear()
+                gc.collect()  # modules and their hooks may hold one another, and the next stage needs their memory
 
     def load(self) -> nn.Module:
         """The whole model, in memory. Of a folder all weights are read; this object has none to read afterwards."""
