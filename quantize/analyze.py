@@ -23,7 +23,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from formats import Location, open_checkpoint
 from formats.errors import RefusedError, UsageError
 
 from .anti_outlier import AntiOutlier
-from .architectures import Architecture, Subgraph
+from .architectures import Architecture
 from .blocks import Blocks, Sample, States, inputs_of
 from .calibration import calibration_data
 from .config import AntiOutlierConfig, QuantConfig
@@ -47,6 +47,7 @@ from .measure import state_files
 from .observers import CalmRange, observer_for
 from .progress import LayerFigures, Report
 from .recipe import Recipe, load
+from .result import check_plot, draw_plot
 from .samples import tokenizer_of
 from .stage import FEATURE_SAMPLES
 
@@ -113,11 +114,7 @@ def analyze_model(
     if rank not in RANKS or (calib is None and rank != "weight"):
         raise UsageError(f"rank: {rank!r} is not one of {', '.join(RANKS)}, of which only weight needs no calibration data")
     if plot is not None:
-        try:
-            from .plots import check_path
-        except ImportError as error:
-            raise UsageError(f"--plot {plot}: {error.name} is not installed; pip install 'weighbridge[quantize]'") from error
-        check_path(plot)
+        check_plot(plot)
     checkpoint = open_checkpoint(Location.of(model_dir))
     if checkpoint.format != "dense":
         raise RefusedError(f"{model_dir}: is {checkpoint.format}, quantized already; analyze the float model")
@@ -134,9 +131,9 @@ def analyze_model(
         found = tuple(run.figures())
     ranked = tuple(sorted(found, key=lambda linear: _badness(linear, rank), reverse=True))
     if plot is not None:
-        from .plots import save
-
-        save([linear for linear in found if linear.kind != "FLOAT"], plot, f"{checkpoint.location.folder.resolve().name}, {recipe.name}")
+        draw_plot(
+            [linear for linear in found if linear.kind != "FLOAT"], plot, f"{checkpoint.location.folder.resolve().name}, {recipe.name}"
+        )
     return Analysis(os.fspath(model_dir), recipe, ranked, len(data), rank, tuple(run.notes), time.monotonic() - begin)
 
 
@@ -327,20 +324,9 @@ def _notes(recipe: Recipe, data: bool) -> Iterator[str]:
         yield "weights are rounded to nearest here, not by GPTQ"
 
 
-@dataclass(frozen=True)
-class _OneOf(Architecture):
-    """An architecture of whose decoder layers only one is there."""
-
-    index: int = field(default=0, kw_only=True)
-
-    def placed(self, layers: int) -> Iterator[Subgraph]:
-        yield from (subgraph.placed(f"{self.layers}.{self.index}") for subgraph in self.subgraphs)
-
-
 def _smooth(model: nn.Module, architecture: Architecture, index: int, config: AntiOutlierConfig, inputs: list[dict[str, Tensor]]) -> None:
     """Smooth decoder layer ``index``, the only one that ``model`` has, by what the float model gives it."""
     there = set(dict(model.named_modules()))
     own = [name for name in config.disable_anti_names or () if name in there]
-    fields = {one.name: getattr(architecture, one.name) for one in dataclasses.fields(architecture)}
     chosen = dataclasses.replace(config, disable_anti_names=own)
-    AntiOutlier(model, inputs, chosen, architecture=_OneOf(**fields, index=index)).process()
+    AntiOutlier(model, inputs, chosen, architecture=architecture, layer=index).process()

@@ -185,7 +185,7 @@ def test_the_picture(source: Path, calib: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     shown = {value for line in figure.axes[2].get_lines() for value in line.get_ydata()}
     assert shown == {linear.output_error for linear in result.linears} - {None}
-    assert len(draw(analyze_model(source, "w8a8").linears).axes) == 2
+    assert [axes.get_ylabel() for axes in draw(analyze_model(source, "w8a8").linears).axes] == ["relative error of the weight"]
 
 
 @pytest.mark.parametrize(
