@@ -190,10 +190,10 @@ def torch(session: nox.Session) -> None:
 
 @nox.session(venv_backend="venv")
 def quantize(session: nox.Session) -> None:
-    """``quantize`` beside the real msModelSlim 26.1.0, AutoAWQ 0.2.9, AutoGPTQ 0.7.1 and GPTQModel 7.6.0. After the sessions of these.
+    """``quantize`` beside the real msModelSlim 26.1.0, AutoAWQ 0.2.9, AutoGPTQ 0.7.1, GPTQModel 7.6.0 and llm-compressor 0.12.0.2.
 
-    msModelSlim's numbers are equal bit for bit; the others' but for ties. Without their environments the tests of these are skipped, or
-    fail in CI.
+    After the sessions of these (llm-compressor's is compressed_tensors). msModelSlim's numbers are equal bit for bit; the others' but for
+    ties; and a model that we quantize is no worse than theirs. Without their environments the tests of these are skipped, or fail in CI.
     """
     home = Path(session.virtualenv.location)
     stamp, project = home / "weighbridge-requirements.sha256", Path(__file__).parent / "pyproject.toml"
@@ -203,7 +203,8 @@ def quantize(session: nox.Session) -> None:
         session.install(TORCH)
         session.install(*pins, "--editable", ".[test,quantize]")
         stamp.write_text(digest, "ascii")
-    tools = {tool: cache_folder() / "oracles" / tool / "bin" / "python" for tool in ("msmodelslim", "autoawq", "autogptq", "gptqmodel")}
+    named = ("msmodelslim", "autoawq", "autogptq", "gptqmodel", "compressed_tensors")
+    tools = {tool: cache_folder() / "oracles" / tool / "bin" / "python" for tool in named}
     variables = {f"WEIGHBRIDGE_ORACLE_{tool.upper()}": str(python) for tool, python in tools.items() if python.exists()}
     tests = str(Path(__file__).parent / "tests" / "quantization")
     session.run("python", "-m", "pytest", "-m", "", tests, *session.posargs, env=variables)

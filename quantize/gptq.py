@@ -93,6 +93,18 @@ class Hessian:
         upper = self._upper.triu()
         return upper + upper.triu(1).T
 
+    def _taken(self, order: Tensor) -> Tensor:
+        """``matrix``, its inputs in ``order``, without another copy: what is below the diagonal is filled in first."""
+        upper, taken = self._upper, torch.empty_like(self._upper)
+        for start in range(0, self.in_features, PANEL):
+            stop = start + PANEL
+            block = upper[start:stop, start:stop]
+            block.copy_(block.triu() + block.triu(1).T)
+            upper[stop:, start:stop] = upper[start:stop, stop:].T
+        for start in range(0, self.in_features, PANEL):
+            taken[start : start + PANEL] = upper[order[start : start + PANEL]][:, order]
+        return taken
+
     def add(self, inputs: Tensor) -> None:
         """Count the tokens of ``inputs`` [..., in], of any float dtype: every token weighs the same, whatever batch it came in.
 
@@ -140,7 +152,7 @@ class Hessian:
         self._kept = None  # frees it before the next is made
         backwards = torch.arange(self.in_features - 1, -1, -1, device=self._upper.device) if order is None else order.flip(0)
         # The lower factor of the inputs taken backwards is R, turned around.
-        matrix = _solvable(self.checked(name).matrix[backwards][:, backwards])
+        matrix = _solvable(self.checked(name)._taken(backwards))
         diagonal = matrix.diagonal().clone()
         dead = diagonal == 0
         mean = diagonal.sum() / (~dead).sum().clamp(min=1)

@@ -1,20 +1,22 @@
-"""Rounding to 4 bits without data, streamed, against ``cp`` of the float model and against other tools: one table, one run.
+"""Quantizing to 4 bits against other tools: rounding without data, streamed, beside ``cp`` of the float model; then GPTQ and AWQ.
 
-    python scripts/bench_quantize.py [--layers 4] [--runs 3] [--folder DIR]
+    python scripts/bench_quantize.py [--layers 4] [--runs 3] [--tokens 1024] [--folder DIR]
 
 The source is a Qwen2 in bfloat16 of Qwen2-7B's shapes with few layers, random weights and a small vocabulary. Every row is a whole
 process (imports, fsync). Other tools run where ``make oracles`` installed them: llm-compressor's QuantizationModifier (W4A16, group
-128, no data) and GPTQModel's RTN, both on the CPU, each saving a folder.
+128, no data) and GPTQModel's RTN, both on the CPU, each saving a folder. ``bench_searched`` makes the rows of GPTQ and AWQ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+import bench_searched
 import numpy as np
 import synthetic
 from bench import against_copy, machine, show
@@ -96,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4, help="decoder layers of Qwen2-7B's shapes (0.47 GB each)")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=1024, help="calibration tokens of GPTQ and AWQ; 0: without these, which take long")
     parser.add_argument("--folder", type=Path, default=None, help="where to write; default: a folder beside the current one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder or Path.cwd()) as name:
@@ -109,6 +112,9 @@ def main() -> None:
         columns = ["", "seconds, median (min to max)", "x cp + fsync", "CPU seconds", "GB/s of source", "peak anonymous MiB"]
         title = f"W4A16 group 128 of {options.layers} layers of Qwen2-7B's shapes in bfloat16, {size / 1e9:.2f} GB; {options.runs} runs"
         show(title, columns, against_copy(target, source, [], options.runs, {**rows, **others(source, target)}))
+        shutil.rmtree(source)
+        for method in bench_searched.TOOLS if options.tokens else ():
+            bench_searched.table_of(method, min(options.layers, 2), options.tokens, Path(name))
 
 
 if __name__ == "__main__":
