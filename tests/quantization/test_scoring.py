@@ -173,15 +173,16 @@ def test_what_is_written_are_the_sources_own_lines(source: Path, four: Path, que
 
 
 def test_several_files_and_a_set_that_grows(source: Path, four: Path, questions: Path, texts: Path, tmp_path: Path) -> None:
-    """Candidates of two domains beside the present data, of which one is a candidate again."""
-    (tmp_path / "more.json").write_text(json.dumps([{"text": "Ein Kern plant Fäden."}, {"text": TEXTS[0]}, "a plain text"]))
+    """Candidates of two domains beside the present data, of which one is a candidate again; another is in both files."""
+    already = {"text": prompt(tiny.QUESTIONS[2], "boolq")}
+    (tmp_path / "more.json").write_text(json.dumps([{"text": "Ein Kern plant Fäden."}, {"text": TEXTS[0]}, "a plain text", already]))
     result = score_samples(
         source, [texts, tmp_path / "more.json"], "w4a16-rtn", calib=questions, choice=Choice("worst", 2, each=True),
         out=tmp_path / "o.jsonl", extend=True,
     )  # fmt: skip
     assert result.extended == 12
-    assert [one.repeats for one in result.samples] == [False] * 4 + [False, True, False]
-    assert "1 of 7 samples repeat an earlier one, and are never chosen" in result.notes
+    assert [one.repeats for one in result.samples] == [False] * 4 + [False, True, False, True]
+    assert "2 of 8 samples repeat an earlier one, or the calibration data, and are not chosen" in result.notes
     written = (tmp_path / "o.jsonl").read_text().splitlines()
     assert written[:12] == questions.read_text().splitlines()
     assert len(written) == 12 + 2 + 2
