@@ -27,6 +27,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from formats.errors import DestinationError, RefusedError, UsageError
 
 from .calibration import read_objects
@@ -77,7 +79,7 @@ class SampleScore:
     score         the figure that counts: kl or last_kl; mean over all positions, and after the last token, nats
     same_token    whether both models find the same token likeliest after the last one
     answer        of a question: the right one; float_answer, quantized_answer: the models'
-    repeats       an earlier sample has the same tokens
+    repeats       an earlier sample, or with ``extend`` one of the calibration data, has the same tokens
     """
 
     number: int
@@ -201,6 +203,8 @@ def score_samples(
     template = recipe.calibration.template if template is None and recipe.calibration.template not in {None, "boolq"} else template
     sources = [read_data(path, tokenizer, samples=samples, length=length, template=template) for path in data]
     tensors = [sample for source in sources for sample in source.samples]
+    before = [] if calib is None or not extend else read_data(calib, tokenizer, length=length, template=template).samples
+    seen = {_key(sample) for sample in before}
     with contextlib.ExitStack() as stack:
         if quantized is None:
             folder = stack.enter_context(_temporary(work_dir))
@@ -220,15 +224,15 @@ def score_samples(
             work_dir=None if work_dir is None else Path(work_dir),
             progress=None if progress is None else lambda done, of: progress("scoring", done, of, None),
         )
-    found = _scores(data, sources, measured.samples, position)
+    found = _scores(data, sources, measured.samples, position, seen)
     clock["score"] = time.monotonic()
     added = 0
     if choice is not None and out is not None:
         chosen = {one.number for one in choice.of(found)}
         found = [replace(one, chosen=one.number in chosen) for one in found]
-        before = _lines(Path(calib)) if extend and calib is not None else []
-        added = len(before)
-        _write(Path(out), [*before, *(one.line or "" for one in found if one.chosen)])
+        lines = _lines(Path(calib)) if extend and calib is not None else []
+        added = len(lines)
+        _write(Path(out), [*lines, *(one.line or "" for one in found if one.chosen)])
     times = list(clock.values())
     seconds = {name: after - before for name, before, after in zip(list(clock)[1:], times, times[1:], strict=False)}
     notes = () if model.simulation is None else model.simulation.notes
@@ -283,17 +287,20 @@ def _temporary(work_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
 
 
 def _scores(
-    paths: Sequence[str | os.PathLike[str]], sources: Sequence[Data], figures: Sequence[SampleFigures], position: str
+    paths: Sequence[str | os.PathLike[str]],
+    sources: Sequence[Data],
+    figures: Sequence[SampleFigures],
+    position: str,
+    seen: set[tuple[int, ...]],
 ) -> list[SampleScore]:
+    """``seen``: the tokens of samples that are there already."""
     found: list[SampleScore] = []
-    seen: set[tuple[int, ...]] = set()
     for path, source in zip(paths, sources, strict=True):
         lines: list[str | None] = [*_lines(Path(path))] if source.kind != "text" else [None] * len(source.samples)
         answers = source.answers or (None,) * len(source.samples)
         for where, sample, answer, line in zip(source.places, source.samples, answers, lines, strict=False):
             one = figures[len(found)]
-            key = tuple(sample[0].flatten().tolist())
-            kl = (one.kl + one.last_kl) / one.tokens
+            key, kl = _key(sample), (one.kl + one.last_kl) / one.tokens
             score = SampleScore(len(found), source.name, where, line, one.tokens, kl, kl, one.last_kl, one.last_agreed, repeats=key in seen)
             if position == "last":
                 score = replace(score, score=one.last_kl)
@@ -302,6 +309,10 @@ def _scores(
             found.append(score)
             seen.add(key)
     return found
+
+
+def _key(sample: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(sample[0].flatten().tolist())
 
 
 def _lines(path: Path) -> list[str]:
@@ -326,4 +337,4 @@ def _write(out: Path, lines: Sequence[str]) -> None:
 def _repeats(found: Sequence[SampleScore]) -> Iterator[str]:
     count = sum(one.repeats for one in found)
     if count:
-        yield f"{count} of {len(found)} samples repeat an earlier one, and are never chosen"
+        yield f"{count} of {len(found)} samples repeat an earlier one, or the calibration data, and are not chosen"

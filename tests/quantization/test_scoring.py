@@ -16,7 +16,8 @@ import convert
 from convert.cli import app
 from formats.errors import DestinationError, RefusedError, UsageError
 from quantize.calibration import calibration_data, prompt
-from quantize.run import load_model, load_tokenizer
+from quantize.recipe import loads
+from quantize.run import load_model, load_tokenizer, quantize_model
 from quantize.scoring import Choice, SampleScore, Scores, score_samples
 from quantize.streamed import Rounding, round_folder
 
@@ -97,16 +98,15 @@ def test_scores_of_questions(source: Path, four: Path, questions: Path) -> None:
 
 def test_a_recipe_is_the_folder_it_makes(source: Path, questions: Path, texts: Path, tmp_path: Path) -> None:
     """Quantized by the samples themselves, or by other data."""
-    from quantize.run import quantize_model
-
     (tmp_path / "work").mkdir()
-    quantize_model(source, tmp_path / "own", "w8a8", "msmodelslim", calib=questions)
-    quantize_model(source, tmp_path / "other", "w8a8", "msmodelslim", calib=texts)
+    recipe = loads("quant: {mm_tensor: false, act_method: 1}", "plain")
+    quantize_model(source, tmp_path / "own", recipe, "msmodelslim", calib=questions)
+    quantize_model(source, tmp_path / "other", recipe, "msmodelslim", calib=texts)
     for calib, folder in ((None, "own"), (texts, "other")):
-        made = score_samples(source, [questions], "w8a8", calib=calib, work_dir=tmp_path / "work")
+        made = score_samples(source, [questions], recipe, calib=calib, work_dir=tmp_path / "work")
         named = score_samples(source, [questions], quantized=tmp_path / folder)
         assert [one.kl for one in made.samples] == [one.kl for one in named.samples]
-        assert (made.quantized, named.quantized) == ("recipe w8a8", str(tmp_path / folder))
+        assert (made.quantized, named.quantized) == ("recipe plain", str(tmp_path / folder))
     assert list((tmp_path / "work").iterdir()) == []
 
 
@@ -173,15 +173,16 @@ def test_what_is_written_are_the_sources_own_lines(source: Path, four: Path, que
 
 
 def test_several_files_and_a_set_that_grows(source: Path, four: Path, questions: Path, texts: Path, tmp_path: Path) -> None:
-    """Candidates of two domains beside the present data, of which one is a candidate again."""
-    (tmp_path / "more.json").write_text(json.dumps([{"text": "Ein Kern plant Fäden."}, {"text": TEXTS[0]}, "a plain text"]))
+    """Candidates of two domains beside the present data, of which one is a candidate again; another is in both files."""
+    already = {"text": prompt(tiny.QUESTIONS[2], "boolq")}
+    (tmp_path / "more.json").write_text(json.dumps([{"text": "Ein Kern plant Fäden."}, {"text": TEXTS[0]}, "a plain text", already]))
     result = score_samples(
         source, [texts, tmp_path / "more.json"], "w4a16-rtn", calib=questions, choice=Choice("worst", 2, each=True),
         out=tmp_path / "o.jsonl", extend=True,
     )  # fmt: skip
     assert result.extended == 12
-    assert [one.repeats for one in result.samples] == [False] * 4 + [False, True, False]
-    assert "1 of 7 samples repeat an earlier one, and are never chosen" in result.notes
+    assert [one.repeats for one in result.samples] == [False] * 4 + [False, True, False, True]
+    assert "2 of 8 samples repeat an earlier one, or the calibration data, and are not chosen" in result.notes
     written = (tmp_path / "o.jsonl").read_text().splitlines()
     assert written[:12] == questions.read_text().splitlines()
     assert len(written) == 12 + 2 + 2
@@ -194,7 +195,8 @@ def test_several_files_and_a_set_that_grows(source: Path, four: Path, questions:
 
 
 def test_the_same_every_time(source: Path, questions: Path) -> None:
-    first, second = (score_samples(source, [questions], "w8a8") for _ in range(2))
+    recipe = loads("quant: {mm_tensor: false}")
+    first, second = (score_samples(source, [questions], recipe) for _ in range(2))
     assert first.samples == second.samples
 
 
