@@ -201,7 +201,7 @@ def quantize(session: nox.Session) -> None:
     digest = hashlib.sha256(" ".join(pins).encode() + project.read_bytes() + str(project).encode()).hexdigest()
     if not (stamp.exists() and stamp.read_text("ascii") == digest):
         session.install(TORCH)
-        session.install(*pins, "--editable", ".[test,quantize,eval]")
+        session.install(*pins, "--editable", ".[test,quantize]")
         stamp.write_text(digest, "ascii")
     named = ("msmodelslim", "autoawq", "autogptq", "gptqmodel", "compressed_tensors")
     tools = {tool: cache_folder() / "oracles" / tool / "bin" / "python" for tool in named}
