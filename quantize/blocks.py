@@ -32,6 +32,7 @@ from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.ir import dequantize, read
 
 from .architectures import Architecture, architecture_of
+from .devices import HOST
 
 __all__ = ["Blocks", "Sample", "States", "Weights", "to_torch"]
 
@@ -343,4 +344,4 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return next((parameter.device for parameter in model.parameters()), torch.device(HOST))

@@ -15,9 +15,13 @@ from formats.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEVICE_TYPES", "device_name", "resolve"]
+__all__ = ["COMPLETE", "DEVICE_TYPES", "HOST", "device_name", "resolve"]
 
 DEVICE_TYPES = ("cpu", "npu", "gpu", "cuda")
+HOST = "cpu"
+"""Where everything is that nobody asked to be elsewhere."""
+COMPLETE = ("cpu", "cuda")
+"""PyTorch's types of devices that have float64 and LAPACK; an NPU has neither."""
 
 NPU_OPTIONS = {"NPU_FUZZY_COMPILE_BLACKLIST": "ReduceProd"}
 """What msModelSlim's own scripts set, beside no just-in-time compilation of operators."""

@@ -21,7 +21,7 @@ from formats import Checkpoint, Location, open_checkpoint
 from formats.errors import UsageError
 
 from .config import QuantConfig
-from .devices import resolve
+from .devices import HOST, resolve
 from .evaluate import Accuracy
 from .measure import Measured, Prediction, Served, measure
 from .progress import Report
@@ -238,7 +238,7 @@ def open_model(folder: str | os.PathLike[str], base_model: str | os.PathLike[str
 def dtype_of(name: str | None, device: str) -> torch.dtype | None:
     """What to compute in; None: the model's own."""
     if name is None:
-        return torch.float32 if device == "cpu" else None
+        return torch.float32 if device == HOST else None
     if name != "auto" and name not in DTYPES:
         raise UsageError(f"--dtype {name}: wanted auto, {', '.join(DTYPES)}")
     return DTYPES.get(name)

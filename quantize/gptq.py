@@ -45,6 +45,7 @@ from torch import Tensor
 
 from formats.errors import RefusedError, UnreadableError, UsageError
 
+from .devices import COMPLETE, HOST
 from .methods import Gptq
 from .rounding import EPSILON, RoundedWeight
 
@@ -67,7 +68,7 @@ class Hessian:
     input and settings, rounded one after another, share that work too.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, in_features: int, device: torch.device | str = HOST) -> None:
         self.tokens = 0
         self.damping = 0.0
         self._upper = torch.zeros(in_features, in_features, device=device)  # and, below the diagonal, whatever is in a panel
@@ -179,7 +180,7 @@ class Hessian:
 
 def _solvable(matrix: Tensor) -> Tensor:
     """``matrix`` where it can be factored: on the CPU, for devices whose PyTorch has none of LAPACK, such as an NPU."""
-    return matrix if matrix.device.type in ("cpu", "cuda") else matrix.cpu()
+    return matrix if matrix.device.type in COMPLETE else matrix.cpu()
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

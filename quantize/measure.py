@@ -26,6 +26,7 @@ from formats import Checkpoint
 from formats.errors import DestinationError, UnreadableError, UsageError
 
 from .blocks import Blocks, Sample, States, inputs_of
+from .devices import COMPLETE
 from .simulate import Simulation
 
 __all__ = ["Measured", "SampleFigures", "Served", "measure", "predictions", "state_files"]
@@ -218,7 +219,7 @@ def _logits(head: Any, hidden: Tensor) -> Tensor:
     """[positions, vocabulary], where float64 can be had."""
     place = next(parameter.device for parameter in head.parameters())
     found: Tensor = head(inputs_embeds=hidden.to(place)).logits[0]
-    return found if place.type in {"cpu", "cuda"} else found.cpu()  # an NPU has no float64
+    return found if place.type in COMPLETE else found.cpu()
 
 
 class _Sums:

@@ -23,6 +23,7 @@ from formats.checkpoint import Location
 from formats.errors import UnreadableError
 
 from .calibration import calibration_data, read_objects
+from .devices import HOST
 from .evaluate import PrecisionTest
 from .run import load_tokenizer
 
@@ -71,7 +72,7 @@ def _is_question(item: Any) -> bool:
 
 
 def _questions(path: Path, places: list[str], tokenizer: Any, samples: int | None, length: int) -> Data:
-    test = PrecisionTest(nn.Identity(), tokenizer, data=path, device="cpu", samples=samples, length=length)
+    test = PrecisionTest(nn.Identity(), tokenizer, data=path, device=HOST, samples=samples, length=length)
     asked = [question for question, _ in zip(test._questions(), places, strict=False)]
     return Data(
         path.name, "questions", [[torch.tensor([ids])] for ids, _ in asked], places, tuple(answer for _, answer in asked), test.choices

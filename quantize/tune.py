@@ -33,7 +33,7 @@ from formats.errors import DestinationError, UsageError
 from .blocks import Blocks, Sample, inputs_of
 from .calibration import calibration_data
 from .config import ANTI_METHODS, AntiOutlierConfig
-from .devices import resolve
+from .devices import HOST, resolve
 from .evaluation import ModelFigures, figures_of
 from .layerwise import Job, LayerRun, whole_model_only
 from .measure import Served, measure, predictions
@@ -105,7 +105,7 @@ def tune_model(
     methods: Sequence[str | None] = METHODS,
     samples: int | None = None,
     length: int | None = None,
-    device: str = "cpu",
+    device: str = HOST,
     overwrite: bool = False,
     told: Callable[[Trial], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -175,7 +175,7 @@ def _check(target: float, budget: int, methods: Sequence[str | None], out: Path,
         raise DestinationError(f"{out}: exists already; choose another name for the recipe, or pass --overwrite to replace it")
     if recipe.disable_level != "L0":
         raise UsageError(f"recipe {recipe.name}: disable_level is what is searched; leave it out")
-    if why := whole_model_only(_job(recipe, recipe.anti_outlier_config(), "cpu")):
+    if why := whole_model_only(_job(recipe, recipe.anti_outlier_config(), HOST)):
         raise UsageError(f"recipe {recipe.name}: {why}, and trials go one layer at a time")
 
 
@@ -195,7 +195,7 @@ class Tuner:
         recipe: Recipe,
         calibrating: Sequence[Sample],
         data: Data,
-        device: str = "cpu",
+        device: str = HOST,
         kept: Any = None,
         told: Callable[[Trial], None] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
