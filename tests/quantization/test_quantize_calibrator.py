@@ -215,7 +215,11 @@ def test_groups_that_do_not_divide_are_named():
         ({"mix_cfg": ["*"]}, "mix_cfg"),
         ({"calib_data": "text"}, "calib_data"),
         ({"calib_data": [torch.zeros(1)]}, r"calib_data\[0\]"),
-        ({"config": QuantConfig(w_bit=4, a_bit=16, w_method="GPTQ")}, "GPTQ"),
+        ({"config": QuantConfig(w_bit=4, a_bit=16, w_method="GPTQ"), "calib_data": []}, "GPTQ needs samples"),
+        (
+            {"config": QuantConfig(w_bit=4, a_bit=16, w_method="GPTQ", is_lowbit=True, open_outlier=False), "disable_level": "L1"},
+            "one layer at a time: is_lowbit with disable_level",
+        ),
         ({"config": QuantConfig().fa_quant(fa_amp=1)}, "fa_amp"),
         ({"config": QuantConfig(a_bit=16).fa_quant(), "calib_data": []}, "attention needs samples"),
         ({"config": QuantConfig().simulate_tp(2)}, "simulate_tp"),

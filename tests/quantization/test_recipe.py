@@ -21,6 +21,8 @@ KINDS = {
     "w8a8-sparse": ("W8A8S", True),
     "w8a16": ("W8A16", False),
     "w4a16-rtn": ("W4A16", False),
+    "w4a16-gptq": ("W4A16", True),
+    "w4a16-awq": ("W4A16", True),
 }
 
 
@@ -31,7 +33,8 @@ def test_a_recipe_of_ours(name: str) -> None:
     assert (config.model_quant_type, recipe.needs_data) == KINDS[name]
     assert not config.mm_tensor  # one scale for a whole weight is msModelSlim's default, and nobody's wish
     assert config.use_kvcache_quant == (name == "w8a8-kv8")
-    assert config.is_per_group == (name == "w4a16-rtn")
+    assert config.is_per_group == name.startswith("w4a16")
+    assert (recipe.gptq_settings() is not None, recipe.awq_settings() is not None) == (name == "w4a16-gptq", name == "w4a16-awq")
     assert recipe.name == name
     assert recipe.about
     assert len((Path(quantize.__file__).parent / "recipes" / f"{name}.yaml").read_text().splitlines()) <= 15
