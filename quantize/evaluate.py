@@ -100,6 +100,7 @@ class PrecisionTest:
         self.samples, self.length, self.score = samples, length, score
         self.device = resolve(device)
         self.choices = _choices(tokenizer)
+        self.template = PROMPT
 
     def test(self) -> Accuracy:
         """Ask everything. Raises UnreadableError for a line that is no question, UsageError if there is none."""
@@ -127,7 +128,7 @@ class PrecisionTest:
             where = f"{self.path.name}{place}"
             if not isinstance(item, dict) or not isinstance(item.get("answer"), bool):
                 raise UnreadableError(f"{where}: is no question: wanted an object with title, passage, question and answer (true or false)")
-            ids = list(self.tokenizer(prompt(item, PROMPT, where), truncation=True)["input_ids"])
+            ids = list(self.tokenizer(prompt(item, self.template, where), truncation=True)["input_ids"])
             yield ids if self.length is None else ids[-self.length :], item["answer"]
 
     def _padded(self, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from formats.checkpoint import Location
 from formats.errors import UnreadableError
 
-from .calibration import calibration_data, read_objects
+from .calibration import BOOLQ, calibration_data, read_objects
 from .devices import HOST
 from .evaluate import PrecisionTest
 from .run import load_tokenizer
@@ -50,9 +50,17 @@ class Data:
 
 
 def read_data(
-    path: str | os.PathLike[str], tokenizer: Any, *, samples: int | None = None, length: int = LENGTH, template: str | None = None
+    path: str | os.PathLike[str],
+    tokenizer: Any,
+    *,
+    samples: int | None = None,
+    length: int = LENGTH,
+    template: str | None = None,
+    calibrating: bool = False,
 ) -> Data:
     """The first ``samples`` (None: all) samples of a file. ``template`` makes texts of objects, questions too.
+
+    calibrating   questions are put as calibration data have them, not as ``PrecisionTest`` asks them: the two differ by a space
 
     :raises UsageError: no such file, nothing in it, or a template that does not fit
     :raises UnreadableError: a file that is no JSON or no text, or a line among questions that is none
@@ -63,7 +71,7 @@ def read_data(
         return Data(place.name, "text", found, [f", tokens from {index * length}" for index in range(len(found))])
     places = [where for where, _ in read_objects(place)][:samples]
     if template is None and _is_question(next((item for _, item in read_objects(place)), None)):
-        return _questions(place, places, tokenizer, samples, length)
+        return _questions(place, places, tokenizer, samples, length, calibrating)
     return Data(place.name, "texts", calibration_data(place, tokenizer, samples=samples, length=length, template=template), places)
 
 
@@ -71,8 +79,10 @@ def _is_question(item: Any) -> bool:
     return isinstance(item, Mapping) and all(key in item for key in ("title", "passage", "question", "answer"))
 
 
-def _questions(path: Path, places: list[str], tokenizer: Any, samples: int | None, length: int) -> Data:
+def _questions(path: Path, places: list[str], tokenizer: Any, samples: int | None, length: int, calibrating: bool) -> Data:
     test = PrecisionTest(nn.Identity(), tokenizer, data=path, device=HOST, samples=samples, length=length)
+    if calibrating:
+        test.template = BOOLQ
     asked = [question for question, _ in zip(test._questions(), places, strict=False)]
     return Data(
         path.name, "questions", [[torch.tensor([ids])] for ids, _ in asked], places, tuple(answer for _, answer in asked), test.choices

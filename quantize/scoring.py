@@ -201,9 +201,9 @@ def score_samples(
     tokenizer = tokenizer_of(checkpoint.location)
     length = length_of(reference.blocks.config, recipe.calibration.length)
     template = recipe.calibration.template if template is None and recipe.calibration.template not in {None, "boolq"} else template
-    sources = [read_data(path, tokenizer, samples=samples, length=length, template=template) for path in data]
+    sources = [read_data(path, tokenizer, samples=samples, length=length, template=template, calibrating=True) for path in data]
     tensors = [sample for source in sources for sample in source.samples]
-    before = [] if calib is None or not extend else read_data(calib, tokenizer, length=length, template=template).samples
+    before = [] if calib is None or not extend else read_data(calib, tokenizer, length=length, template=template, calibrating=True).samples
     seen = {_key(sample) for sample in before}
     with contextlib.ExitStack() as stack:
         if quantized is None:
