@@ -7,7 +7,6 @@ from typing import Any
 
 from formats import Checkpoint
 from formats.checkpoint import Location
-from formats.files import ReadableFile
 from formats.ir import ArrayLike
 from formats.safetensors_file import OutputFile, SourceFile, TensorInfo, index_of, stored_tensor
 
@@ -25,7 +24,7 @@ class StagedFile:
         self.metadata: dict[str, str] = {}
         self.tensors = file.tensors.copy_for(number)
         self.identity = SourceFile(path.name, file.size, 0, "")
-        self._file = ReadableFile(path, growing=True)
+        self._file = file.growing(path)
 
     def tensor(self, name: str, info: TensorInfo | None = None) -> ArrayLike:
         """The tensor, unread. info: its own, if it is at hand."""

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import fnmatch
-import itertools
 import os
 import shutil
 import threading
@@ -25,7 +24,8 @@ import numpy as np
 
 from formats.errors import DestinationError, NotSameError, ReadFailedError
 from formats.ir import Array
-from formats.safetensors_file import OutputFile, TensorIndex, TensorInfo, TensorSet
+from formats.laid_out import LaidOut
+from formats.safetensors_file import TensorIndex, TensorInfo, TensorSet
 from formats.workspace import Workspace
 
 from .folder import CARRIED
@@ -242,7 +242,7 @@ def _rename(stage: Staging, target: Path) -> None:
 class Output:
     """One laid-out output file, which takes tiles. It has no header until it is finished, so that nothing can load it."""
 
-    def __init__(self, folder: Path, file: OutputFile) -> None:
+    def __init__(self, folder: Path, file: LaidOut) -> None:
         self.path, self.file = folder / file.name, file
         self._turn = threading.Lock()
         self.dirty = False
@@ -256,17 +256,16 @@ class Output:
             os.close(handle)
 
     def finish(self) -> None:
-        """Write the header, and see that the file holds it: it is whole."""
+        """Write what is not data, a header, and see that the file holds it: it is whole."""
+        sealed = self.file.sealed(self.file.growing(self.path))
         with self.opened() as handle:
-            at, pieces = 0, self.file.header_pieces()
-            while part := b"".join(itertools.islice(pieces, 4096)):
+            for at, part in sealed.heads():
                 write_all(handle, part, at)
                 again = bytearray(len(part))
                 if not _read_back(handle, memoryview(again), at) or again != part:
                     raise NotSameError(
                         f"{self.path.name}: does not hold the header that was written to it; check the disk, and run it again"
                     )
-                at += len(part)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
@@ -282,7 +281,7 @@ class Output:
         lines, begin, step = _lines(info, array, row, col)
         with self._turn, self.opened() as handle:  # one at a time: writers of one file would spin on its lock, line by line
             for number, line in enumerate(lines):
-                write_all(handle, line, begin + number * step)
+                self._write_line(handle, memoryview(line), begin + number * step)
         self.dirty = True  # after the writes: a sync that clears it now comes after them
 
     def holds(self, info: TensorInfo, array: Array, row: int, col: int, work: Workspace) -> bool:
@@ -295,10 +294,24 @@ class Output:
                     part = lines[first : first + high, left : left + wide]
                     again = work.take("read back", part.shape, np.uint8)
                     for number, line in enumerate(again, first):
-                        if not _read_back(handle, memoryview(line), begin + number * step + left):
+                        if not self._read_line(handle, memoryview(line), begin + number * step + left):
                             return False
                     if not np.array_equal(again, part):
                         return False
+        return True
+
+    def _write_line(self, handle: int, line: memoryview, offset: int) -> None:
+        done = 0
+        for begin, length in self.file.pieces(offset, len(line)):
+            write_all(handle, line[done : done + length], begin)
+            done += length
+
+    def _read_line(self, handle: int, line: memoryview, offset: int) -> bool:
+        done = 0
+        for begin, length in self.file.pieces(offset, len(line)):
+            if not _read_back(handle, line[done : done + length], begin):
+                return False
+            done += length
         return True
 
 

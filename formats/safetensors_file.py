@@ -26,7 +26,7 @@ import re
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +35,7 @@ import numpy as np
 import xxhash
 
 from .errors import HeaderError, UnreadableError
-from .files import ReadableFile
+from .files import Readable, ReadableFile
 from .ir import Array, ArrayLike
 from .stored_tensor import StoredTensor
 
@@ -44,6 +44,8 @@ MAX_DIMENSIONS = 32
 """What NumPy 1 holds; weights have two or three."""
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+FORMAT: Mapping[str, str] = {"format": "pt"}
+"""The metadata without which transformers refuses a file."""
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -334,7 +336,7 @@ class SafetensorsFile:
         return self._file.unchanged()
 
 
-def stored_tensor(file: ReadableFile, name: str, info: TensorInfo) -> StoredTensor:
+def stored_tensor(file: Readable, name: str, info: TensorInfo) -> StoredTensor:
     """The tensor that ``info`` says lies in ``file``; F4 as its bytes, uint8 in one row."""
     dtype = DTYPES.get(info.dtype, np.dtype("u1"))
     shape = (info.nbytes,) if info.dtype == "F4" else info.shape
@@ -470,14 +472,31 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A safetensors file that is fully laid out before a byte of data exists.
+    """A safetensors file that is fully laid out before a byte of data exists (``laid_out.LaidOut``).
 
     tensors       {name: TensorInfo with absolute offsets}, in the order of their data; size in bytes
+    metadata      of the header
     """
 
     name: str
     tensors: TensorTable
     size: int
+    metadata: Mapping[str, str] = field(default_factory=lambda: FORMAT)
+
+    def pieces(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        return ((offset, length),)
+
+    def heads(self) -> Iterator[tuple[int, bytes]]:
+        at, pieces = 0, self.header_pieces()
+        while part := b"".join(itertools.islice(pieces, 4096)):
+            yield at, part
+            at += len(part)
+
+    def growing(self, path: Path) -> Readable:
+        return ReadableFile(path, growing=True)
+
+    def sealed(self, data: Readable) -> OutputFile:
+        return self
 
     @property
     def header(self) -> bytes:
@@ -489,7 +508,7 @@ class OutputFile:
         begin = min((info.begin for info in self.tensors.values()), default=self.size)
         yield (begin - 8).to_bytes(8, "little")
         length = 8
-        for piece in _header_text((name, info.dtype, info.shape, info.nbytes) for name, info in self.tensors.items()):
+        for piece in _header_text(((name, info.dtype, info.shape, info.nbytes) for name, info in self.tensors.items()), self.metadata):
             length += len(piece)
             yield piece
         yield b" " * (begin - length)
@@ -500,6 +519,7 @@ def lay_out(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     stem: str = "model",
     single_name: str | None = None,
+    metadata: Mapping[str, str] = FORMAT,
 ) -> list[OutputFile]:
     """Decide every output file from (name, dtype, shape) triples: shards in the given order, offsets, headers.
 
@@ -512,11 +532,11 @@ def lay_out(
     for name, dtype, shape in tensors:
         size = nbytes(dtype, shape)
         if shard and held + size > max_shard_bytes:
-            files.append(_lay_out_file(shard))
+            files.append(_lay_out_file(shard, metadata))
             shard, held = [], 0
         shard.append((name, dtype, shape, size))
         held += size
-    files.append(_lay_out_file(shard))
+    files.append(_lay_out_file(shard, metadata))
     if len(files) == 1:
         return [replace(files[0], name=single_name or f"{stem}.safetensors")]
     return [replace(file, name=f"{stem}-{i:05d}-of-{len(files):05d}.safetensors") for i, file in enumerate(files, 1)]
@@ -525,9 +545,9 @@ def lay_out(
 _Sized = tuple[str, str, tuple[int, ...], int]
 
 
-def _lay_out_file(tensors: list[_Sized]) -> OutputFile:
+def _lay_out_file(tensors: list[_Sized], metadata: Mapping[str, str]) -> OutputFile:
     ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor[1]].itemsize if tensor[1] in DTYPES else -1)
-    length = sum(map(len, _header_text(ordered)))
+    length = sum(map(len, _header_text(ordered, metadata)))
     length += -length % 8
     if length > MAX_HEADER_BYTES:
         raise HeaderError(f"{tensors[0][0]}: the header of its file would need {length} bytes; use a smaller --max-shard-size")
@@ -535,15 +555,15 @@ def _lay_out_file(tensors: list[_Sized]) -> OutputFile:
     for name, dtype, shape, size in ordered:
         table.add(name, dtype, tuple(shape), begin, begin + size)
         begin += size
-    return OutputFile("", table, begin)
+    return OutputFile("", table, begin, metadata)
 
 
 _COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
-def _header_text(ordered: Iterable[_Sized]) -> Iterator[bytes]:
+def _header_text(ordered: Iterable[_Sized], metadata: Mapping[str, str]) -> Iterator[bytes]:
     """The header's JSON, without its padding, for tensors in the order of their data; piece by piece."""
-    yield b'{"__metadata__":{"format":"pt"}'
+    yield f'{{"__metadata__":{_COMPACT.encode(dict(metadata))}'.encode()
     position = 0
     for name, dtype, shape, size in ordered:
         entry = {"dtype": dtype, "shape": shape, "data_offsets": (position, position + size)}
