@@ -21,7 +21,8 @@ Defined by MindSpore (PyPI ``mindspore`` 2.7.1 and 2.10.0, ``train/serialization
 4. **Scalars** have no dims, or the dims [0] and one element (written before 2.3).
 5. **CRC.** ``crc_check`` appends ``crc_num`` and ten bytes, big-endian: zlib's CRC-32 of all before them. 0x63 begins no record.
 6. **Encrypted** files are blocks of ciphertext (``mindspore_cipher``).
-7. ``ckpt_strategy_*.ckpt`` is the plan of a parallel run, with no tensor in it; it begins with a number.
+7. Files of more than 2 GiB, which Protocol Buffers leave to each reader, are loaded by MindSpore (2.34 GiB, 2.7.1).
+8. ``ckpt_strategy_*.ckpt`` is the plan of a parallel run, with no tensor in it; it begins with a number.
 
 MindSpore pads contents that are too short, cuts those that are too long, joins what has one tag by chance, and takes a record without
 a tag for ``''``. Here that is an error, which names the tensor.
@@ -199,7 +200,9 @@ class MindSporeFile:
         wire, size, position, count = WireReader(source), source.size, 0, 0
         self._refuse_others(wire, size)
         while position < size:
-            if size - position == CRC_BYTES and wire.bytes_at(position, position + len(CRC_MAGIC)) == CRC_MAGIC:
+            if wire.bytes_at(position, min(size, position + len(CRC_MAGIC))) == CRC_MAGIC:
+                if size - position != CRC_BYTES:
+                    raise self._bad(f"ends with {size - position} bytes that begin as a CRC does, which has {CRC_BYTES}: copy it again")
                 self.crc = int.from_bytes(wire.bytes_at(position + len(CRC_MAGIC), size), "big")
                 return
             field = wire.field(position, size)
