@@ -18,7 +18,7 @@ Defined by MindSpore (PyPI ``mindspore`` 2.7.1 and 2.10.0, ``train/serialization
 2. **Int4** is two 4-bit codes a byte (``qint4x2``), and dims count bytes: read as I8, and ``metadata`` says ``{name: "Int4"}``, as it
    does in MindSpore's safetensors.
 3. **Texts** have the dims [0] and 4 bytes a character, UTF-32 little-endian; an empty one is four zero bytes.
-4. **Scalars** have no dims, or the dims [0] and one element (written before 2.3).
+4. **Scalars** have no dims, or the dims [0] and one element, which its loader takes for one too.
 5. **CRC.** ``crc_check`` appends ``crc_num`` and ten bytes, big-endian: zlib's CRC-32 of all before them. 0x63 begins no record.
 6. **Encrypted** files are blocks of ciphertext (``mindspore_cipher``).
 7. Files of more than 2 GiB, which Protocol Buffers leave to each reader, are loaded by MindSpore (2.34 GiB, 2.7.1).
