@@ -31,3 +31,4 @@ TO = typer.Option(
     metavar="FORMAT[:VARIANT]",
     help="awq, gptq, gptq:v2, compressed-tensors, msmodelslim, dense; `weighbridge formats` lists them.",
 )
+QKV_CONCAT = typer.Option(False, "--qkv-concat", help="mindspore only: store q, k and v as one, and gate and up.")

@@ -14,7 +14,8 @@ from formats import Checkpoint
 from formats.checkpoint import Entry, Location
 from formats.errors import RefusedError
 from formats.ir import QuantizedLinear, QuantScheme
-from formats.safetensors_file import NAMES, OutputFile
+from formats.laid_out import LaidOut
+from formats.safetensors_file import NAMES
 from formats.spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
 from .memory import Memory
@@ -95,7 +96,7 @@ class LayerPlan:
 class Plan:
     """A whole conversion, decided before a weight is read. ``refusals`` empty means that it can run.
 
-    layers, plain    in output order; files: every safetensors file with its header and offsets
+    layers, plain    in output order; files: every weight file with its header and offsets
     probed           whether what headers cannot say was settled
     """
 
@@ -104,7 +105,7 @@ class Plan:
     variant: Variant
     layers: list[LayerPlan]
     plain: list[str]
-    files: list[OutputFile]
+    files: list[LaidOut]
     losses: list[Loss]
     refusals: list[Refusal]
     notes: list[str]
@@ -156,6 +157,11 @@ class Plan:
     def stem(self) -> str:
         """Name of the weight files without shard number and suffix."""
         return self.spec.stem(self.model, self.variant.name)
+
+    @property
+    def index(self) -> str | None:
+        """Name of the index of the weight files, if there is one."""
+        return f"{self.stem}.safetensors.index.json" if len(self.files) > 1 else None
 
     def outputs(self, layer: LayerTarget) -> tuple[TensorSpec, ...]:
         """The tensors that spell ``layer`` in the target."""

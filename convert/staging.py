@@ -216,7 +216,7 @@ def sync(path: Path) -> None:
 
 def _make_durable(stage: Staging) -> None:
     try:
-        for path in (*stage.model.iterdir(), stage.model):
+        for path in (*stage.model.rglob("*"), stage.model):
             sync(path)
     except OSError:
         stage.journal.doubt()
@@ -249,6 +249,7 @@ class Output:
 
     def make(self) -> None:
         """Make the file at its full size, without data, or accept what an earlier run left of it."""
+        self.path.parent.mkdir(exist_ok=True)
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             os.ftruncate(handle, self.file.size)
@@ -319,9 +320,9 @@ class Places(Mapping[str, tuple[Output, TensorInfo]]):
     """Where every tensor of a set of output files lies. tensors: all of them under one mapping, if there is one already."""
 
     def __init__(self, outputs: Sequence[Output], tensors: TensorSet | None) -> None:
-        self._outputs = {output.file.name: output for output in outputs}
+        self._outputs = {output.path.name: output for output in outputs}
         self._index = TensorIndex([output.file.tensors for output in outputs], _twice) if tensors is None else tensors
-        self._files = [output.file.name for output in outputs] if tensors is None else [file.path.name for file in tensors.files]
+        self._files = [output.path.name for output in outputs] if tensors is None else [file.path.name for file in tensors.files]
 
     def __getitem__(self, name: str) -> tuple[Output, TensorInfo]:
         info = self._index[name]
@@ -345,9 +346,10 @@ def _lines(info: TensorInfo, array: Array, row: int, col: int) -> tuple[Array, i
     rows = info.nbytes // (width * item) if width else 0
     if row + block.shape[0] > rows or col + block.shape[1] > width:
         raise ValueError(f"a block {block.shape} at {(row, col)} leaves a tensor {info.shape}")
-    data, begin = block.view(np.uint8), info.begin + (row * width + col) * item
-    if block.shape[1] < width:
-        return data, begin, width * item
+    stride = info.stride or width
+    data, begin = block.view(np.uint8), info.begin + (row * stride + col) * item
+    if block.shape[1] < stride:
+        return data, begin, stride * item
     return data.reshape(1, -1), begin, data.size
 
 

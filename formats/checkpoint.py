@@ -134,12 +134,12 @@ class Location:
 class LeftOut:
     """A stored tensor that is no part of the model, under a condition that the probe checks.
 
-    condition   "zero": all its values are 0; "equal": its bytes equal tensor ``other``'s
+    condition   "zero": all its values are 0; "equal": its bytes equal tensor ``other``'s; "always": whatever it holds
     why         what it is, for people; otherwise: what follows if the condition does not hold
     """
 
     tensor: str
-    condition: Literal["zero", "equal"]
+    condition: Literal["zero", "equal", "always"]
     other: str
     why: str
     otherwise: str
@@ -246,7 +246,8 @@ class Checkpoint:
 class IntegralZeros:
     """Zero points stored in any dtype, as int16 in the signed domain (``LazyArray``).
 
-    stored    2-D array broadcastable to [out, groups]; low, high: the range that bits allow
+    stored    array broadcastable to [out, groups]; low, high: the range that bits allow
+    negated   what is stored is added to codes, rather than taken off
     raises    UnreadableError where a value is not an integer in the range
     """
 
@@ -254,6 +255,7 @@ class IntegralZeros:
     stored: ArrayLike
     low: int
     high: int
+    negated: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -267,7 +269,7 @@ class IntegralZeros:
         part = read(self.stored, rows, cols, work)
         if not part.any():
             return np.zeros(part.shape, dtype=np.int16)
-        values = part.astype(np.float32)
+        values = -part.astype(np.float32) if self.negated else part.astype(np.float32)
         whole = np.rint(values)
         if not np.array_equal(whole, values) or (whole.size and not (self.low <= whole.min() and whole.max() <= self.high)):
             bad = values[~((whole == values) & (whole >= self.low) & (whole <= self.high))]

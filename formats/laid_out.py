@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,16 @@ class LaidOut(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What a reader of the finished file will find as its metadata."""
+        ...
+
+    @property
+    def shared(self) -> Sequence[tuple[str, ...]]:
+        """Tensors that lie in one place, so that their data must be equal."""
+        ...
 
     def pieces(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         """Where ``length`` bytes from an offset of ``tensors`` lie in the file: (byte, length) of each piece."""

@@ -100,6 +100,7 @@ class MindSporeFile:
     texts        what was saved as text, by name; names: of tensors and texts, in the order of the file
     crc          what the file says its CRC is, or None
     encryption   "AES-GCM", "AES-CBC", "SM4-CBC" or None
+    data         what the tensors' offsets count in
     exempt       memory that blocks of an encrypted file take, in bytes
 
     A chunked tensor's offsets are addresses, which leave out what lies between its chunks (``Seams``).
@@ -129,14 +130,14 @@ class MindSporeFile:
             raise self._bad(
                 "decrypts to nothing that MindSpore saves; give the key that it was encrypted with"
             ) from None  # CBC checks none
-        self._data = SeamlessFile(source, seams) if seams else source
+        self.data = SeamlessFile(source, seams) if seams else source
         listing = "".join(f"{name} {info.dtype} {info.shape} {info.begin}\n" for name, info in self.tensors.items())
         digest = xxhash.xxh3_128_hexdigest(f"{listing}{self.metadata} {self.texts} {self.crc}".encode())
         self.identity = SourceFile(path.name, self._file.size, self._file.mtime_ns, digest)
 
     def tensor(self, name: str, info: TensorInfo | None = None) -> StoredTensor:
         """The tensor (Int4 as its bytes, int8), unread. info: its own, if it is at hand."""
-        return stored_tensor(self._data, name, info or self.tensors[name])
+        return stored_tensor(self.data, name, info or self.tensors[name])
 
     def array(self, name: str) -> Array:
         """The whole tensor in memory: for small ones."""

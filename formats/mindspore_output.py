@@ -99,6 +99,10 @@ class MindSporeOutput:
         info = self.tensors[name]
         return list(self.seams.pieces(info.begin, info.nbytes))
 
+    @property
+    def shared(self) -> tuple[tuple[str, ...], ...]:
+        return ()
+
     def pieces(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         return self.seams.pieces(offset, length)
 

@@ -28,7 +28,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -38,6 +38,9 @@ from .errors import HeaderError, UnreadableError
 from .files import Readable, ReadableFile
 from .ir import Array, ArrayLike
 from .stored_tensor import StoredTensor
+
+if TYPE_CHECKING:
+    from .laid_out import LaidOut
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 32
@@ -73,13 +76,18 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a file: its dtype name, shape, and byte range counted from the start of the file."""
+    """One tensor of a file: its dtype name, shape, and byte range counted from the start of the file.
+
+    stride   elements from one row to the next, where the tensor is some columns of a stored one; 0: its own width. ``end`` then is
+             ``begin`` and the bytes that are its own
+    """
 
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
     file: int = 0
+    stride: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -94,11 +102,14 @@ class TensorTable(Mapping[str, TensorInfo]):
         self._dtypes: list[str] = []
         self._shapes: list[tuple[int, ...]] = []
         self._bounds = array("q")
+        self._strides: dict[int, int] = {}
         self._rows: dict[str, int] = {}
         self._file = file
 
-    def add(self, name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int) -> None:
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int, stride: int = 0) -> None:
         """Append a tensor."""
+        if stride:
+            self._strides[len(self._names)] = stride
         self._names.append(name)
         self._dtypes.append(sys.intern(dtype))
         self._shapes.append(_same_tuple(shape))
@@ -108,7 +119,8 @@ class TensorTable(Mapping[str, TensorInfo]):
     def row(self, number: int, file: int | None = None) -> TensorInfo:
         """The tensor with this number, in the order of the data; file: as one of this file's."""
         begin, end = self._bounds[2 * number], self._bounds[2 * number + 1]
-        return TensorInfo(self._dtypes[number], self._shapes[number], begin, end, self._file if file is None else file)
+        where = self._file if file is None else file
+        return TensorInfo(self._dtypes[number], self._shapes[number], begin, end, where, self._strides.get(number, 0))
 
     def _by_name(self) -> dict[str, int]:
         """Numbers by name; made when first asked for, since a set of files has a list of its own."""
@@ -138,6 +150,7 @@ class TensorTable(Mapping[str, TensorInfo]):
         """The same tensors, as those of another file of a set; columns are shared."""
         twin = TensorTable(file)
         twin._names, twin._dtypes, twin._shapes, twin._bounds = self._names, self._dtypes, self._shapes, self._bounds
+        twin._strides = self._strides
         return twin
 
 
@@ -340,7 +353,7 @@ def stored_tensor(file: Readable, name: str, info: TensorInfo) -> StoredTensor:
     """The tensor that ``info`` says lies in ``file``; F4 as its bytes, uint8 in one row."""
     dtype = DTYPES.get(info.dtype, np.dtype("u1"))
     shape = (info.nbytes,) if info.dtype == "F4" else info.shape
-    return StoredTensor(file, name, dtype, shape, info.begin, shape[-1] if shape else 1)
+    return StoredTensor(file, name, dtype, shape, info.begin, info.stride or (shape[-1] if shape else 1))
 
 
 class StoredFile(Protocol):
@@ -483,6 +496,10 @@ class OutputFile:
     size: int
     metadata: Mapping[str, str] = field(default_factory=lambda: FORMAT)
 
+    @property
+    def shared(self) -> tuple[tuple[str, ...], ...]:
+        return ()
+
     def pieces(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         return ((offset, length),)
 
@@ -572,19 +589,19 @@ def _header_text(ordered: Iterable[_Sized], metadata: Mapping[str, str]) -> Iter
     yield b"}"
 
 
-def index_of(files: Sequence[OutputFile]) -> dict[str, Any]:
+def index_of(files: Sequence[LaidOut]) -> dict[str, Any]:
     """The content of the shards' index: true total_size (bytes of tensor data) and weight_map."""
     total = sum(info.nbytes for file in files for info in file.tensors.values())
     weight_map = {name: file.name for file in files for name in file.tensors}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def index_json(files: Sequence[OutputFile]) -> str:
+def index_json(files: Sequence[LaidOut]) -> str:
     """``model.safetensors.index.json`` for the shards."""
     return "".join(index_pieces(files))
 
 
-def index_pieces(files: Sequence[OutputFile]) -> Iterator[str]:
+def index_pieces(files: Sequence[LaidOut]) -> Iterator[str]:
     """``index_json`` piece by piece."""
     yield from json.JSONEncoder(indent=2).iterencode(index_of(files))
     yield "\n"
