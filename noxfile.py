@@ -1,6 +1,6 @@
 """The real tools that check what Weighbridge writes, each in an environment of its own.
 
-    nox -s autoawq autogptq gptqmodel msmodelslim compressed_tensors mindspore vllm vllm_ascend
+    nox -s autoawq autogptq gptqmodel msmodelslim compressed_tensors mindspore mindformers vllm vllm_ascend
 
 A session builds the tool's environment, then runs the project's own tests with the interpreter
 that runs nox, and tells them where the tool's interpreter is; the tests call it as a subprocess.
@@ -140,6 +140,16 @@ def mindspore(session: nox.Session) -> None:
     home = Path(session.virtualenv.location)
     install(session, ORACLES / "requirements-mindspore.txt", home, torch="")
     run_tests(session, "mindspore", home)
+
+
+@nox.session(venv_backend="venv")
+def mindformers(session: nox.Session) -> None:
+    """MindFormers 1.3.2 with Golden Stick 0.6.0 builds the networks of the folders that Weighbridge writes, and loads their weights."""
+    if sys.version_info >= (3, 12):
+        session.error("MindSpore 2.7.1 has no wheels for Python 3.12 and later: use 3.11")
+    home = Path(session.virtualenv.location)
+    install(session, ORACLES / "requirements-mindformers.txt", home, torch="")
+    run_tests(session, "mindformers", home)
 
 
 def vllm_environment(session: nox.Session) -> Path:

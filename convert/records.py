@@ -161,6 +161,8 @@ class Plan:
     @property
     def index(self) -> str | None:
         """Name of the index of the weight files, if there is one."""
+        if self.spec.index is not None:
+            return self.spec.index(self.variant.name, len(self.files))
         return f"{self.stem}.safetensors.index.json" if len(self.files) > 1 else None
 
     def outputs(self, layer: LayerTarget) -> tuple[TensorSpec, ...]:

@@ -50,15 +50,19 @@ from __future__ import annotations
 import functools
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from . import golden_stick_folder
 from . import mindspore_target as target
 from .checkpoint import FLOATS, Checkpoint, Finding, IntegralZeros, LeftOut, Location, Unsupported
 from .errors import UnreadableError
+from .golden_stick_folder import GoldenStickFolder
 from .gptq_config import has_bias
 from .ir import Array, ArrayLike, Extra, QuantArgs, QuantizedLinear, QuantScheme, read
+from .laid_out import LaidOut
 from .layouts import PackedMatrix
 from .mindformers_file import INT4, MindFormersFile
 from .mindspore_static import DecodedScale, TakenApart, read_inputs
@@ -66,7 +70,7 @@ from .mindspore_target import NIBBLES, SPELLINGS, Spelling
 from .mindspore_yaml import read_quantization
 from .msmodelslim_target import CONTAINER
 from .safetensors_file import SafetensorsFile, TensorSet
-from .spec import FormatSpec
+from .spec import FormatSpec, LayerTarget, ModelFacts, TensorSpec
 
 STRATEGY = "ckpt_strategy"
 """Beginning of the names of a parallel run's strategy files."""
@@ -298,7 +302,24 @@ def detect(location: Location) -> str | None:
 
 def open_any(location: Location, variant: str) -> Checkpoint:
     """The reader of either kind."""
-    return GoldenStick(location, variant)
+    return GoldenStickFolder(location, variant) if variant == "hf" else GoldenStick(location, variant)
+
+
+def outputs(layer: LayerTarget, variant: str) -> tuple[TensorSpec, ...]:
+    """The tensors that spell ``layer``."""
+    return golden_stick_folder.outputs(layer) if variant == "hf" else target.outputs(layer, variant)
+
+
+def quantization_config(model: ModelFacts, variant: str) -> tuple[Mapping[str, Any], None]:
+    """({file: its content}, None): the folders' description, or MindFormers' YAML; config.json says nothing of it."""
+    if variant == "hf":
+        return {golden_stick_folder.DESCRIPTION: golden_stick_folder.description(model)}, None
+    return target.yaml_of(model, variant), None
+
+
+def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], model: ModelFacts, variant: str, shard: int) -> list[LaidOut]:
+    """Shards of safetensors, or one .ckpt file. RefusedError for what MindSpore or MindFormers would not load."""
+    return golden_stick_folder.lay_out_folder(tensors, shard) if variant == "hf" else target.lay_out_model(tensors, model, variant)
 
 
 SPEC = FormatSpec(
@@ -308,10 +329,11 @@ SPEC = FormatSpec(
     variants=target.VARIANTS,
     detect=detect,
     open=open_any,
-    outputs=target.outputs,
-    quantization_config=target.quantization_config,
+    outputs=outputs,
+    quantization_config=quantization_config,
     derived=target.derived,
     objection=target.objection,
-    lay_out=target.lay_out_model,
+    lay_out=lay_out,
+    index=lambda variant, files: golden_stick_folder.INDEX if variant == "hf" else None,
     default_variant="gs1.2",
 )

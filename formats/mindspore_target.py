@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import RefusedError
 from .ir import QuantizedLinear
+from .laid_out import LaidOut
 from .layouts import PackLayout
 from .mindformers_file import lay_out_mindformers
 from .mindformers_names import LLAMA, names_for
@@ -141,10 +142,8 @@ def _static_outputs(layer: LayerTarget, spelling: Spelling) -> list[TensorSpec]:
     smoothed = dtypes.get("smoothed_input_scale")
     shape = (in_,) if smoothed is not None or spelling.variant == "gs0.6" else (1,)
     dtype, part = (smoothed, "smoothed_input_scale") if smoothed is not None else (layer.input_dtype or "F16", "input_scale")
-    copies = tuple(spelling.copies or ())
-    for scale, zero in [(spelling.input_scale, spelling.input_zero), *([(copies[0], copies[1])] if copies else [])]:
-        specs.append(TensorSpec(f"{name}.{scale}", dtype, shape, part))  # type: ignore[arg-type]
-        specs.append(TensorSpec(f"{name}.{zero}", "I8", shape, "input_zero_point"))
+    specs.append(TensorSpec(f"{name}.{spelling.input_scale}", dtype, shape, part))  # type: ignore[arg-type]
+    specs.append(TensorSpec(f"{name}.{spelling.input_zero}", "I8", shape, "input_zero_point"))
     return specs
 
 
@@ -187,25 +186,25 @@ def objection(layer: LayerTarget, variant: str) -> Objection | None:
         return Objection("group-size", "groups of 8-bit codes", "has one scale per channel there", "convert to gptq or dense")
     if kind is not None and not weights.symmetric:
         return Objection("zero-point", "zero points of weights beside quantized inputs", "is symmetric there", "convert to dense")
-    if kind == "static" and layer.scale_dtype == "F32" and "smoothed_input_scale" not in dict(layer.derived) and not layer.kept_product:
+    smoothed = "smoothed_input_scale" in dict(layer.derived)
+    if variant != "hf" and kind == "static" and layer.scale_dtype == "F32" and not (smoothed or layer.kept_product):
         hint = "pass --allow activations-dropped, which leaves inputs in float"
-        return Objection(
-            "type", "a float32 scale beside the inputs' own", "stores their product alone, from which it does not come back", hint
-        )
+        offers = "stores their product alone, from which it does not come back"
+        return Objection("type", "a float32 scale beside the inputs' own", offers, hint)
     if layer.smooth_dtype is not None and kind != "static" and variant == "gs0.6":
         return Objection("two-level", "a scale of its inputs", "has no slot for it in 0.6", "convert to mindspore:gs1.2, or dense")
-    if layer.smooth_dtype is not None and kind == "static" and "smoothed_input_scale" not in dict(layer.derived):
+    if layer.smooth_dtype is not None and kind == "static" and not smoothed:
         return Objection("two-level", "smoothing beside a static input scale", "stores their quotient alone", "convert to dense")
     return None
 
 
-def lay_out_model(tensors: Iterable[tuple[str, str, tuple[int, ...]]], model: ModelFacts, variant: str, shard: int) -> list[Any]:
+def lay_out_model(tensors: Iterable[tuple[str, str, tuple[int, ...]]], model: ModelFacts, variant: str) -> list[LaidOut]:
     """rank_0/NAME.ckpt. RefusedError for what MindFormers has no name for."""
     kind = None if model.config is None else model.config.get("model_type")
     names = names_for(kind)
     if names is None:
         raise RefusedError(f"{kind}: MindFormers' names of this model are not known here; llama, qwen2 and qwen3 are")
-    quantization_config(model, variant)  # refuses what the YAML could not say, before any work
+    yaml_of(model, variant)  # refuses what the YAML could not say, before any work
     return [lay_out_mindformers(tensors, f"rank_0/{name_of(model, variant)}.ckpt", names, model.fused)]
 
 
@@ -219,13 +218,13 @@ def name_of(model: ModelFacts, variant: str) -> str:
     return found if found.endswith(kind) else f"{found}_{kind}"
 
 
-def quantization_config(model: ModelFacts, variant: str) -> tuple[Mapping[str, Any], dict[str, Any] | None]:
-    """({predict_NAME.yaml: its content}, None): config.json says nothing of it. No YAML without config.json, nor for Qwen3."""
+def yaml_of(model: ModelFacts, variant: str) -> Mapping[str, Any]:
+    """{predict_NAME.yaml: its content}; nothing without config.json, nor for Qwen3, which MindFormers 1.3.2 does not have."""
     kind = None if model.config is None else model.config.get("model_type")
     if kind not in LLAMA.models:
-        return {}, None
+        return {}
     name = name_of(model, variant)
-    return {f"predict_{name}.yaml": document(model, variant, name)}, None
+    return {f"predict_{name}.yaml": document(model, variant, name)}
 
 
 _HOLDS: dict[str, Any] = {"scale_dtypes": ("half", "F16", "BF16", "F32"), "smooth": True, "mixed_groups": False}
@@ -266,5 +265,17 @@ VARIANTS = (
         ),
         "MindFormers 1.3.2 to 1.6",
     ),
-    Variant("hf", "Golden Stick 1.4: a folder with Hugging Face's names", None, "MindFormers 1.7 and later, MindOne"),
+    Variant(
+        "hf",
+        "Golden Stick 1.4: safetensors with Hugging Face's names",
+        Capabilities(
+            bits=(4, 8),
+            strategies=("channel", "group"),
+            group_sizes=(128, 64),
+            scale_dtypes=("half", "F16", "BF16", "F32"),
+            inputs=("static", "dynamic"),
+            multiple_of=(2, 1),
+        ),
+        "MindOne; MindFormers 1.7 and later (8-bit weights and inputs)",
+    ),
 )

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from checkpoints import FIXTURES
 from places import fails, succeeds
+from safetensors import safe_open
 
 from convert import convert, fingerprint, inspect, plan, verify
 from formats import open_checkpoint
@@ -520,3 +521,72 @@ def test_a_tensor_beyond_a_chunk_is_cut_and_joined(tmp_path: Path, monkeypatch: 
     (path,) = (tmp_path / "out" / "rank_0").iterdir()
     assert path.read_bytes().count(b"attention.w_qkv._layer.weight") == 2 * -(-256 * 256 // 10_000)
     assert fingerprint(tmp_path / "out").digest == fingerprint(GOLDENS / "ptq_a16w4_pg_gs120.ckpt").digest
+
+
+FOLDERS = {"a16w8_ascend": "W8A16 per channel asym", "a16w4_pg_ascend": "W4A16 g64 asym", "a8w8_ascend": "W8A8 per channel asym static"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_of_1_4_is_what_its_formula_makes_of_it(folder: str) -> None:
+    checkpoint = open_checkpoint(GOLDENS / folder)
+    assert (checkpoint.format, checkpoint.variant, len(checkpoint.layer_names)) == ("mindspore", "hf", 14)
+    with safe_open(GOLDENS / folder / "quant-model-00001-of-00001.safetensors", "np") as file:
+        for name in checkpoint.layer_names:
+            layer, weight = checkpoint.layer(name), file.get_tensor(f"{name}.weight")
+            scale, offset = file.get_tensor(f"{name}.weight_scale"), file.get_tensor(f"{name}.weight_offset")
+            assert str(layer.scheme) == FOLDERS[folder]
+            if (file.metadata() or {}).get(f"{name}.weight") != "Int4":
+                wanted = (f32(weight) - f32(offset)[:, None]) * f32(scale)[:, None]
+            else:
+                group = np.arange(weight.shape[0]) // 64
+                wanted = (f32(nibbles(weight)) - f32(offset.T[:, group])) * f32(scale.T[:, group])
+            np.testing.assert_array_equal(dequantize(layer), wanted)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("by", ["mindspore:hf", "mindspore:gs1.2", "gptq"])
+def test_a_folder_of_1_4_goes_over_and_back(folder: str, by: str, llama: Path, tmp_path: Path) -> None:
+    """To .ckpt, where zero points are negated, and to GPTQ; description, index and every tensor come back."""
+    source, there, back = GOLDENS / folder, tmp_path / "there", tmp_path / "back"
+    if folder == "a8w8_ascend" and by == "gptq":
+        assert {refusal.code for refusal in plan(source, by).refusals} == {"activations-dropped"}
+        return
+    convert(source, there, by, base_model=None if by == "mindspore:hf" else llama)
+    convert(there, back, "mindspore:hf")
+    assert fingerprint(source).digest == fingerprint(there).digest == fingerprint(back).digest
+    assert json.loads((back / "quantization_description.json").read_text()) == json.loads(
+        (source / "quantization_description.json").read_text()
+    )
+    indexes = [json.loads((place / "model.safetensors.index.json").read_text())["weight_map"] for place in (source, back)]
+    assert indexes[0] == indexes[1]
+    before, after = open_checkpoint(source).tensors, open_checkpoint(back).tensors
+    differ = {name.rpartition(".")[2] for name in before if before.array(name).tobytes() != after.array(name).tobytes()}
+    # A .ckpt file has the product of both scales alone, in float32.
+    assert differ == ({"weight_scale"} if (folder, by) == ("a8w8_ascend", "mindspore:gs1.2") else set())
+    assert before.files[0].metadata == after.files[0].metadata
+
+
+def test_folders_of_1_4_are_sharded_with_the_metadata_of_each_shard(tmp_path: Path) -> None:
+    convert(GOLDENS / "a16w4_pg_ascend", tmp_path / "out", "mindspore:hf", max_shard_size=300_000)
+    shards = sorted(path.name for path in (tmp_path / "out").glob("quant-model-*.safetensors"))
+    assert shards == [f"quant-model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    assert len(shards) > 2
+    for name in shards:
+        with safe_open(tmp_path / "out" / name, "np") as file:
+            keys, metadata = set(file.keys()), file.metadata()
+        assert metadata.pop("format") == "ms"
+        assert set(metadata) == {key for key in keys if key.endswith("_proj.weight")}
+    assert verify(GOLDENS / "a16w4_pg_ascend", tmp_path / "out").same
+
+
+def test_a_description_that_names_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    for name in (path.name for path in (GOLDENS / "a16w8_ascend").iterdir()):
+        shutil.copy(GOLDENS / "a16w8_ascend" / name, tmp_path / name)
+    description = json.loads((tmp_path / "quantization_description.json").read_text())
+    for change, wanted in (
+        ({"model.layers.9.mlp.up_proj.weight": "W8A16"}, "which no weight file holds"),
+        ({"model.layers.0.mlp.up_proj.weight": "W3A16"}, "has the unknown type 'W3A16'"),
+        ({"model.layers.0.mlp.up_proj.weight": "FLOAT"}, "belongs to a quantized layer, and its weight is FLOAT"),
+    ):
+        (tmp_path / "quantization_description.json").write_text(json.dumps({**description, **change}))
+        assert wanted in fails(5, "inspect", tmp_path)
