@@ -83,6 +83,7 @@ def write_sidecars(plan: Plan, folder: Path) -> list[str]:
         )
     elif not any(name.startswith("tokenizer") or name.endswith(".model") for name in carried):
         missing.append("tokenizer files: there are none beside config.json")
+    missing += plan.spec.missing(plan.model, plan.variant.name)
     (folder / "README.md").write_text(model_card(plan, base, written.get("config.json")), encoding="utf-8")
     return missing
 

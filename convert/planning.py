@@ -362,7 +362,8 @@ class Planner:
             return files
         except RefusedError as error:
             name, _, why = str(error).partition(": ")
-            self.ledger.refuse("tensor", name, "to be stored", f"cannot hold it: {why}", "see what it says")
+            why, _, hint = why.rpartition("; ")
+            self.ledger.refuse("tensor", name, "a place in it", f"cannot hold it: {why}", hint)
             return []
 
     def _check_shared(self, shared: Sequence[tuple[str, ...]], layers: dict[str, LayerPlan]) -> None:

@@ -84,6 +84,8 @@ class LayerPlan:
         target = self.target
         if target.input_dtype is None or layer.input_scale is None:
             return False
+        if "dequant_scale" in dict(target.derived):  # Golden Stick's is the exact product, msModelSlim's a rounded one
+            return "dequant_scale" not in layer.extras or self.requantized
         same = NAMES[layer.input_scale.dtype] == target.input_dtype and NAMES[np.dtype(layer.scales.dtype)] == target.scale_dtype
         return not (same and {"deq_scale", "quant_bias"} <= set(layer.extras)) or self.requantized
 

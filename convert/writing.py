@@ -311,9 +311,9 @@ def vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec) -> Array:
     elif spec.part == "scale_bias":
         found = derived.scale_bias(layer, spec.shape[1])
     elif spec.part == "zero_point_bias":
-        found = derived.zero_point_bias(layer)
+        found = derived.zero_point_bias(_as_stored(layer, plan))
     elif spec.part == "merged_bias":
-        found = derived.merged_bias(layer, derived.deq_scale(_as_stored(layer, plan)))
+        found = derived.merged_bias(_as_stored(layer, plan), derived.deq_scale(_as_stored(layer, plan)))
     elif spec.part == "smoothed_input_scale":
         found = read(layer.extras["smoothed_input_scale"].value)
     if found is not None:
@@ -325,7 +325,7 @@ def vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec) -> Array:
 
 def _as_stored(layer: QuantizedLinear, plan: LayerPlan) -> QuantizedLinear:
     """The layer with the scales that the target stores: what follows from rounded ones is not what the source kept."""
-    if not plan.derives_anew(layer) or ("dequant_scale" in layer.extras and plan.target.kept_product):
+    if not plan.derives_anew(layer):
         return layer
     assert layer.input_scale is not None
     scales = cast(layer.grid("scales"), DTYPES[plan.target.scale_dtype])

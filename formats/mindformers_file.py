@@ -19,6 +19,7 @@ from .laid_out import LaidOut
 from .mindformers_names import Names, names_of
 from .mindspore_file import MindSporeFile
 from .mindspore_output import lay_out_checkpoint
+from .mindspore_ranks import RankedFile
 from .safetensors_file import DTYPES, SourceFile, TensorInfo, TensorTable, stored_tensor
 
 INT4 = "Int4"
@@ -44,18 +45,19 @@ class MindFormersFile:
 
     names      what its modules are called; is_fused: whether one holds the parts of several
     metadata   {name: "Int4"} of tensors that hold two 4-bit codes a byte
-    stored     the file as it is
+    stored     the file as it is, or the ranks that make one
     raises     UnreadableError
     """
 
-    def __init__(self, path: Path, number: int = 0) -> None:
-        self.path, self.stored = path, MindSporeFile(path)
+    def __init__(self, path: Path, number: int = 0, stored: MindSporeFile | RankedFile | None = None) -> None:
+        self.path, self.stored = path, stored or MindSporeFile(path)
         self.identity: SourceFile = self.stored.identity
         self.exempt = self.stored.exempt
         self.names = names_of(self.stored.tensors)
         self.tensors, self.metadata, self.is_fused = TensorTable(number), dict[str, str](), False
+        self._int4 = {name for name, info in self.stored.tensors.items() if name in self.stored.metadata or self._lost_type(name, info)}
         for name, info in self.stored.tensors.items():
-            int4 = name in self.stored.metadata
+            int4 = name in self._int4
             for part, view in self._parts(name, info, int4):
                 self.tensors.add(part, view.dtype, view.shape, view.begin, view.end, view.stride)
                 if int4:
@@ -68,6 +70,17 @@ class MindFormersFile:
     def unchanged(self) -> bool:
         """Whether the file on disk still is the one that was opened."""
         return self.stored.unchanged()
+
+    def _lost_type(self, name: str, info: TensorInfo) -> bool:
+        """Whether these are 4-bit codes as Int8, which is what MindSpore's transform_checkpoints leaves of Int4: by their scales' shape.
+
+        8-bit codes have one scale for each row.
+        """
+        scale = self.stored.tensors.get(f"{name.removesuffix('_layer.weight')}_layer.matmul.weight_scale")
+        if not name.endswith("._layer.weight") or scale is None or info.dtype != "I8" or len(info.shape) != 2:
+            return False
+        outputs = scale.shape[-1] if scale.shape else 0
+        return len(scale.shape) == 2 or (info.shape[0] != outputs and 2 * info.shape[1] == outputs)
 
     def _parts(self, name: str, info: TensorInfo, int4: bool) -> Iterator[tuple[str, TensorInfo]]:
         parts = self.names.canonical(name)
@@ -107,7 +120,7 @@ class MindFormersFile:
                 stored = f"{block[0]}{module}.{leaf}"
                 info = self.stored.tensors.get(stored)
                 if info is not None and len(info.shape) == 2:
-                    return info.shape[0 if stored in self.stored.metadata else 1]
+                    return info.shape[0 if stored in self._int4 else 1]
         raise UnreadableError(
             f"{self.path.name}: tensor {name!r} holds q, k and v, and {block[0]}{_OUTPUT[0]}, whose inputs say how much of it is q's, "
             "is not there; the checkpoint is incomplete"

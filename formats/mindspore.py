@@ -3,7 +3,8 @@
 Defined by MindSpore Golden Stick 0.6.0 (``gs0.6``) and 1.0 to 1.4 (``gs1.2``), and MindFormers 1.3.2 to 1.6. Facts here were measured
 on files that 0.6.0 and 1.2.0 wrote. 1.4's folders with Hugging Face names are ``golden_stick_folder``'s.
 
-Files: ``rank_0/<name>.ckpt``, or one ``.ckpt`` anywhere (``mindspore_file``), beside it ``predict_<name>.yaml`` (``mindspore_yaml``).
+Files: ``rank_0/<name>.ckpt``, or one ``.ckpt`` anywhere (``mindspore_file``), beside it ``predict_<name>.yaml`` (``mindspore_yaml``);
+``rank_0`` to ``rank_N`` are parts, which the run's strategy file puts together (``mindspore_ranks``).
 Nothing in a file says what wrote it: variants differ by the names of the tensors. Modules go by MindFormers' names, which are Hugging
 Face's here (``mindformers_names``), q, k, v and gate, up as the parts that they are of fused ones (``mindformers_file``).
 
@@ -50,7 +51,8 @@ from __future__ import annotations
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,7 @@ from .ir import Array, ArrayLike, Extra, QuantArgs, QuantizedLinear, QuantScheme
 from .laid_out import LaidOut
 from .layouts import PackedMatrix
 from .mindformers_file import INT4, MindFormersFile
+from .mindspore_ranks import RankedFile, read_strategy
 from .mindspore_static import DecodedScale, TakenApart, read_inputs
 from .mindspore_target import NIBBLES, SPELLINGS, Spelling
 from .mindspore_yaml import read_quantization
@@ -97,14 +100,41 @@ def open_tensors(location: Location) -> TensorSet:
     if len(files) != 1:
         found = "no .ckpt file" if not files else f"{len(files)} .ckpt files ({', '.join(files[:3])})"
         raise UnreadableError(f"{location.folder.name}: {found}; name the one to read")
-    ranks = sorted(name for name in location.names if re.fullmatch(r"rank_\d+", name) and name != "rank_0")
-    if files[0].startswith("rank_0/") and ranks:
-        raise UnreadableError(
-            f"{location.folder.name}: holds {len(ranks) + 1} ranks (rank_0, {', '.join(ranks[:2])}), each a part of the model; "
-            "merge them first with MindSpore's transform_checkpoints"
-        )
     opener: Any = MindFormersFile if location.opener is SafetensorsFile else location.opener
+    ranks = sorted((name for name in location.names if re.fullmatch(r"rank_\d+", name)), key=lambda name: int(name[5:]))
+    if files[0].startswith("rank_0/") and len(ranks) > 1:
+        paths, strategy = rank_files(location, ranks), read_strategy(find_strategy(location, len(ranks)))
+
+        def opener(path: Path, number: int) -> MindFormersFile:
+            return MindFormersFile(path, number, RankedFile(paths, strategy))
+
     return TensorSet([location.folder / files[0]], opener=opener)
+
+
+def rank_files(location: Location, ranks: Sequence[str]) -> list[Path]:
+    """The one checkpoint of each rank's folder, which must be numbered from 0 without a gap."""
+    found = []
+    for number, name in enumerate(ranks):
+        folder = location.folder / name
+        files = [path for path in sorted(folder.iterdir()) if path.suffix == ".ckpt" and not path.name.startswith(STRATEGY)]
+        if name != f"rank_{number}" or len(files) != 1:
+            what = f"rank_{number} is missing" if name != f"rank_{number}" else f"{name} holds {len(files)} .ckpt files"
+            raise UnreadableError(f"{location.folder.name}: {what}; wanted one in each of rank_0 to rank_{len(ranks) - 1}")
+        found.append(files[0])
+    return found
+
+
+def find_strategy(location: Location, ranks: int) -> Path:
+    """The strategy file of the run that saved the ranks: beside them, in rank_0, or in a folder ``strategy`` beside or above."""
+    folder = location.folder
+    for place in (folder, folder / "rank_0", folder / "strategy", folder.parent / "strategy"):
+        found = sorted(path for path in place.glob(f"*{STRATEGY}*.ckpt") if path.is_file()) if place.is_dir() else []
+        if found:
+            return found[0]
+    raise UnreadableError(
+        f"{folder.name}: holds {ranks} ranks, each a part of the model, and no {STRATEGY}_rank_0.ckpt says which; put the strategy file "
+        "of the run that saved them beside them"
+    )
 
 
 class GoldenStick(Checkpoint):
@@ -334,6 +364,7 @@ SPEC = FormatSpec(
     derived=target.derived,
     objection=target.objection,
     lay_out=lay_out,
+    missing=target.missing,
     index=lambda variant, files: golden_stick_folder.INDEX if variant == "hf" else None,
     default_variant="gs1.2",
 )

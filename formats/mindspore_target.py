@@ -11,14 +11,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .errors import RefusedError
 from .ir import QuantizedLinear
 from .laid_out import LaidOut
 from .layouts import PackLayout
 from .mindformers_file import lay_out_mindformers
 from .mindformers_names import LLAMA, names_for
-from .mindspore_yaml import document
+from .mindspore_yaml import document, missing_key
 from .msmodelslim_target import CONTAINER
+from .safetensors_file import NAMES
 from .spec import Capabilities, InputKind, LayerTarget, ModelFacts, Objection, TensorSpec, Variant
 
 NIBBLES = PackLayout(bits=4, word="i1", axis="out", transposed=True, low=-8)
@@ -163,11 +166,16 @@ def spelling_of(layer: LayerTarget, variant: str) -> Spelling:
 
 def derived(layer: QuantizedLinear, kind: InputKind | None, model_dtype: str | None) -> tuple[tuple[str, str], ...]:
     """What a layer with a static input scale has beside the law, with dtypes: as they are, or as a network of ``model_dtype`` has them."""
-    if kind != "static":
+    if kind not in {"static", "both"}:
         return ()
     kept = layer.extras.get("dequant_scale")
     integers = model_dtype != "BF16" if kept is None else kept.value.dtype.kind == "i"
-    found = [("dequant_scale", "I64" if integers else "F32"), ("merged_bias", "F16" if integers else "BF16")]
+    found = [("dequant_scale", "I64" if integers else "F32")]
+    merged = layer.extras.get("merged_bias")
+    if merged is not None:
+        found.append(("merged_bias", NAMES[np.dtype(merged.value.dtype)]))
+    elif layer.bias is None:  # a bias that is merged does not come back exactly
+        found.append(("merged_bias", "F16" if integers else "BF16"))
     if "smoothed_input_scale" in layer.extras:
         dtype = layer.extras["smoothed_input_scale"].value.dtype
         found.append(("smoothed_input_scale", {"float16": "F16", "bfloat16": "BF16"}.get(dtype.name, "F32")))
@@ -191,6 +199,9 @@ def objection(layer: LayerTarget, variant: str) -> Objection | None:
         hint = "pass --allow activations-dropped, which leaves inputs in float"
         offers = "stores their product alone, from which it does not come back"
         return Objection("type", "a float32 scale beside the inputs' own", offers, hint)
+    if variant == "gs0.6" and kind == "static" and "merged_bias" not in dict(layer.derived):
+        offers = "merges it with what the inputs' zero point makes, rounded, from which it does not come back"
+        return Objection("type", "a bias beside static inputs", offers, "convert to mindspore:gs1.2 or mindspore:hf, which keep it")
     if layer.smooth_dtype is not None and kind != "static" and variant == "gs0.6":
         return Objection("two-level", "a scale of its inputs", "has no slot for it in 0.6", "convert to mindspore:gs1.2, or dense")
     if layer.smooth_dtype is not None and kind == "static" and not smoothed:
@@ -203,7 +214,14 @@ def lay_out_model(tensors: Iterable[tuple[str, str, tuple[int, ...]]], model: Mo
     kind = None if model.config is None else model.config.get("model_type")
     names = names_for(kind)
     if names is None:
-        raise RefusedError(f"{kind}: MindFormers' names of this model are not known here; llama, qwen2 and qwen3 are")
+        raise RefusedError(f"{kind}: MindFormers' names of this model are not known here; those of llama, qwen2 and qwen3 are")
+    for layer in model.layers[1:] if variant != "float" else ():
+        first = model.layers[0]
+        if (layer.scheme.weights.bits, layer.group_size, layer.inputs) != (first.scheme.weights.bits, first.group_size, first.inputs):
+            raise RefusedError(
+                f"{layer.name}: is quantized in another way than {first.name}, and MindFormers' quantization_config has one for all; "
+                "convert to mindspore:hf, or to mindspore:float"
+            )
     yaml_of(model, variant)  # refuses what the YAML could not say, before any work
     return [lay_out_mindformers(tensors, f"rank_0/{name_of(model, variant)}.ckpt", names, model.fused)]
 
@@ -219,12 +237,24 @@ def name_of(model: ModelFacts, variant: str) -> str:
 
 
 def yaml_of(model: ModelFacts, variant: str) -> Mapping[str, Any]:
-    """{predict_NAME.yaml: its content}; nothing without config.json, nor for Qwen3, which MindFormers 1.3.2 does not have."""
-    kind = None if model.config is None else model.config.get("model_type")
-    if kind not in LLAMA.models:
+    """{predict_NAME.yaml: its content}; nothing if config.json does not say enough (``missing``)."""
+    if variant == "hf" or missing(model, variant):
         return {}
     name = name_of(model, variant)
     return {f"predict_{name}.yaml": document(model, variant, name)}
+
+
+def missing(model: ModelFacts, variant: str) -> list[str]:
+    """Why there is no YAML, in words; [] if there is one."""
+    if variant == "hf":
+        return []
+    if model.config is None:
+        return [f"predict_{name_of(model, variant)}.yaml: pass --base-model with the float model's folder, whose config.json it is made of"]
+    kind = model.config.get("model_type")
+    if kind not in LLAMA.models:
+        return [f"predict_{name_of(model, variant)}.yaml: {kind} is none of the models that MindFormers 1.3.2 configures; write it by hand"]
+    key = missing_key(model.config)
+    return [] if key is None else [f"predict_{name_of(model, variant)}.yaml: config.json has no {key}, which it needs"]
 
 
 _HOLDS: dict[str, Any] = {"scale_dtypes": ("half", "F16", "BF16", "F32"), "smooth": True, "mixed_groups": False}

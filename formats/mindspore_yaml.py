@@ -103,6 +103,15 @@ def document(model: ModelFacts, variant: str, name: str) -> dict[str, Any]:
     }
 
 
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings")
+"""config.json's keys without which there is no YAML."""
+
+
+def missing_key(config: Mapping[str, Any]) -> str | None:
+    """The first key that config.json lacks, or has of another type; None if the YAML can be written."""
+    return next((key for key in NEEDED if type(config.get(key)) is not int or config[key] < 1), None)
+
+
 def _model_config(model: ModelFacts, variant: str) -> dict[str, Any]:
     """LlamaConfig's keys, from config.json's."""
     config = model.config or {}
@@ -112,19 +121,19 @@ def _model_config(model: ModelFacts, variant: str) -> dict[str, Any]:
             "write the YAML by hand, and convert without config.json"
         )
     dtype = model.model_dtype or _dtype(config)
-    heads = _number(config, "num_attention_heads")
-    length = _number(config, "max_position_embeddings")
+    heads = config["num_attention_heads"]
+    length = config["max_position_embeddings"]
     found: dict[str, Any] = {
         "type": "LlamaConfig",
         "batch_size": 1,
         "seq_length": min(length, 4096),
-        "hidden_size": _number(config, "hidden_size"),
-        "num_layers": _number(config, "num_hidden_layers"),
+        "hidden_size": config["hidden_size"],
+        "num_layers": config["num_hidden_layers"],
         "num_heads": heads,
         "n_kv_heads": int(config.get("num_key_value_heads") or heads),
         "max_position_embedding": length,
-        "intermediate_size": _number(config, "intermediate_size"),
-        "vocab_size": _number(config, "vocab_size"),
+        "intermediate_size": config["intermediate_size"],
+        "vocab_size": config["vocab_size"],
         "multiple_of": 256,
         "rms_norm_eps": float(config.get("rms_norm_eps", 1e-5)),
         "theta": float(config.get("rope_theta", 10000.0)),
@@ -204,13 +213,6 @@ def _processor(config: Mapping[str, Any]) -> dict[str, Any]:
 def _dtype(config: Mapping[str, Any]) -> str:
     said = str(config.get("torch_dtype", config.get("dtype", "float16")))
     return said if said in {"float16", "bfloat16", "float32"} else "float16"
-
-
-def _number(config: Mapping[str, Any], key: str) -> int:
-    found = config.get(key)
-    if type(found) is not int or found < 1:
-        raise UnreadableError(f"config.json: {key} is {found!r}, wanted a whole number; MindFormers' YAML needs it")
-    return found
 
 
 def _token(config: Mapping[str, Any], key: str, usual: int) -> int:

@@ -200,6 +200,7 @@ class FormatSpec:
     stem                 name of the weight files without shard number and suffix
     lay_out              every output file from (name, dtype, shape), the model, the variant and the most bytes of a shard;
                          RefusedError for a tensor that it cannot hold. None: safetensors, called ``stem``
+    missing              what a folder that loads needs and that cannot be made, in words
     index                name of the index of so many weight files of a variant, if there is one. None: of several, ``stem``'s
     config_keys          what config.json says beside quantization_config
     derived              (leaf name, dtype) of tensors that follow from the law and are written beside it, of a layer whose inputs
@@ -219,6 +220,7 @@ class FormatSpec:
     stem: Callable[[ModelFacts, str], str] = lambda model, variant: "model"
     lay_out: Callable[[Iterable[tuple[str, str, tuple[int, ...]]], ModelFacts, str, int], list[LaidOut]] | None = None
     index: Callable[[str, int], str | None] | None = None
+    missing: Callable[[ModelFacts, str], list[str]] = lambda model, variant: []
     config_keys: Callable[[ModelFacts, str], Mapping[str, Any]] = lambda model, variant: {}
     derived: Callable[[QuantizedLinear, InputKind | None, str | None], tuple[tuple[str, str], ...]] = _no_derived
     objection: Callable[[LayerTarget, str], Objection | None] = lambda layer, variant: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -21,16 +22,11 @@ from formats.errors import RefusedError, UnreadableError
 from formats.ir import Array, dequantize
 from formats.mindspore_file import MindSporeFile
 from formats.mindspore_output import lay_out_checkpoint, save
+from formats.mindspore_ranks import ParameterLayout, read_strategy
 from formats.mindspore_yaml import read_quantization
-from formats.safetensors_file import NAMES
+from formats.safetensors_file import NAMES, stored_tensor
 
 GOLDENS = FIXTURES / "golden_stick"
-LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "intermediate_size": 512, "vocab_size": 320, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "max_position_embeddings": 512, "torch_dtype": "float16", "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-
 CELLS = {
     "self_attn.q_proj": "attention.wq",
     "self_attn.k_proj": "attention.wk",
@@ -43,11 +39,11 @@ CELLS = {
 
 
 @pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    """A folder with the config.json of the goldens' model."""
-    folder = tmp_path / "Tiny-Llama"
+def bare(tmp_path: Path) -> Path:
+    """A golden in a folder without config.json."""
+    folder = tmp_path / "bare"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LLAMA))
+    shutil.copy(GOLDENS / "rtn_a16w8_gs060.ckpt", folder)
     return folder
 
 
@@ -177,30 +173,32 @@ HOLDS: Mapping[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize(("golden", "target"), [(golden, target) for golden, targets in HOLDS.items() for target in targets])
-def test_there_and_back_the_fingerprint_stays(golden: str, target: str, llama: Path, tmp_path: Path) -> None:
+def test_there_and_back_the_fingerprint_stays(golden: str, target: str, tmp_path: Path) -> None:
     source, there, back = GOLDENS / f"{golden}.ckpt", tmp_path / "there", tmp_path / "back"
-    convert(source, there, target, base_model=llama)
-    convert(there, back, f"mindspore:{LAWS[golden][0]}", base_model=llama)
+    convert(source, there, target)
+    convert(there, back, f"mindspore:{LAWS[golden][0]}")
     assert fingerprint(source).digest == fingerprint(there).digest == fingerprint(back).digest
 
 
 @pytest.mark.parametrize("golden", ["sq_a8w8_gs060", "ptq_smooth_a8dynw8_gs120_qkvconcat"])
-def test_smoothing_is_a_part_of_the_weights(golden: str, llama: Path, tmp_path: Path) -> None:
+def test_smoothing_is_a_part_of_the_weights(golden: str, tmp_path: Path) -> None:
     """What has no slot for it refuses; dequantized it is multiplied in."""
     for target in ("gptq", "compressed-tensors", "msmodelslim"):
         assert "two-level" in {refusal.code for refusal in plan(GOLDENS / f"{golden}.ckpt", target, allow=["activations-dropped"]).refusals}
-    convert(GOLDENS / f"{golden}.ckpt", tmp_path / "dense", "dense", base_model=llama, allow=["activations-dropped"], scale_dtype="float32")
+    convert(GOLDENS / f"{golden}.ckpt", tmp_path / "dense", "dense", allow=["activations-dropped"], scale_dtype="float32")
     ours, theirs = fingerprint(GOLDENS / f"{golden}.ckpt").tensors, fingerprint(tmp_path / "dense").tensors
     weights = [name for name in theirs if name.endswith("_proj.weight")]
     assert weights
     assert {name: ours[name] for name in weights} == {name: theirs[name] for name in weights}
 
 
-def test_a_bias_that_the_tool_merged_is_taken_apart() -> None:
+def test_a_bias_that_the_tool_merged_is_taken_apart(tmp_path: Path) -> None:
     """0.6.0 adds what the inputs' zero point makes to a bias; of a model without biases nothing is left."""
-    checkpoint, raw = open_checkpoint(GOLDENS / "sq_a8w8_gs060.ckpt"), MindSporeFile(GOLDENS / "sq_a8w8_gs060.ckpt")
-    bias = checkpoint.layer("model.layers.1.self_attn.o_proj").bias
+    raw, name = MindSporeFile(GOLDENS / "sq_a8w8_gs060.ckpt"), "model.layers.1.self_attn.o_proj"
     assert raw.array("model.layers.1.attention.wo._handler.bias").any()
+    assert open_checkpoint(GOLDENS / "sq_a8w8_gs060.ckpt").layer(name).bias is None, "config.json says that Llama has none"
+    shutil.copy(GOLDENS / "sq_a8w8_gs060.ckpt", tmp_path)
+    bias = open_checkpoint(tmp_path).layer(name).bias
     assert bias is not None
     assert not np.asarray(bias).any()
 
@@ -355,9 +353,9 @@ def test_the_folder_is_named_alike_and_its_yaml_is_whole(tmp_path: Path) -> None
     assert "outliers_suppression: None\n" in text
 
 
-def test_without_a_config_the_weights_are_written_and_what_is_missing_is_said(tmp_path: Path) -> None:
-    said = succeeds("convert", GOLDENS / "rtn_a16w8_gs060.ckpt", tmp_path / "out", "--to", "mindspore:gs0.6")
-    assert "config.json" in said
+def test_without_a_config_the_weights_are_written_and_what_is_missing_is_said(bare: Path, tmp_path: Path) -> None:
+    said = succeeds("convert", bare, tmp_path / "out", "--to", "mindspore:gs0.6")
+    assert "predict_bare_a16w8.yaml: pass --base-model" in said
     assert not list((tmp_path / "out").glob("*.yaml"))
 
 
@@ -424,11 +422,6 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     shutil.copy(FIXTURES / "mindspore" / "ckpt_strategy_rank_0.ckpt", strategy)
     assert "strategy of a parallel run" in fails(5, "inspect", strategy)
     assert "key" in fails(5, "inspect", FIXTURES / "mindspore" / "enc_AES-GCM_16.ckpt")
-    ranks = tmp_path / "ranks"
-    for number in range(2):
-        (ranks / f"rank_{number}").mkdir(parents=True)
-        shutil.copy(GOLDENS / "ptq_a16w8_gs120.ckpt", ranks / f"rank_{number}" / "w.ckpt")
-    assert "holds 2 ranks" in fails(5, "inspect", ranks)
     shutil.copy(GOLDENS / "ptq_a16w8_gs120.ckpt", tmp_path / "other.ckpt")
     assert "2 .ckpt files (model.ckpt, other.ckpt); name the one to read" in fails(5, "inspect", tmp_path)
 
@@ -446,7 +439,7 @@ BROKEN: Mapping[str, tuple[dict[str, Array], str]] = {
     ),
     "groups that do not divide": (
         {
-            f"{CELL}._layer.weight": np.zeros((4, 8), np.int8),
+            f"{CELL}._layer.weight": np.zeros((8, 2), np.int8),
             f"{CELL}._layer.matmul.weight_scale": np.ones((3, 4), np.float16),
             f"{CELL}._layer.matmul.weight_zp": np.zeros((3, 4), np.float16),
         },
@@ -500,7 +493,7 @@ def test_what_mindformers_has_no_name_for_is_refused(tmp_path: Path) -> None:
     shutil.copytree(QWEN, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
-    with pytest.raises(RefusedError, match="llama, qwen2 and qwen3 are"):
+    with pytest.raises(RefusedError, match="names of this model are not known here; those of llama, qwen2 and qwen3 are"):
         convert(folder, tmp_path / "out", "mindspore")
     (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": {"type": "linear", "factor": 2.0}}))
     with pytest.raises(RefusedError, match="rope_scaling"):
@@ -545,13 +538,13 @@ def test_a_folder_of_1_4_is_what_its_formula_makes_of_it(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("by", ["mindspore:hf", "mindspore:gs1.2", "gptq"])
-def test_a_folder_of_1_4_goes_over_and_back(folder: str, by: str, llama: Path, tmp_path: Path) -> None:
+def test_a_folder_of_1_4_goes_over_and_back(folder: str, by: str, tmp_path: Path) -> None:
     """To .ckpt, where zero points are negated, and to GPTQ; description, index and every tensor come back."""
     source, there, back = GOLDENS / folder, tmp_path / "there", tmp_path / "back"
     if folder == "a8w8_ascend" and by == "gptq":
         assert {refusal.code for refusal in plan(source, by).refusals} == {"activations-dropped"}
         return
-    convert(source, there, by, base_model=None if by == "mindspore:hf" else llama)
+    convert(source, there, by, base_model=None if by == "mindspore:hf" else GOLDENS)
     convert(there, back, "mindspore:hf")
     assert fingerprint(source).digest == fingerprint(there).digest == fingerprint(back).digest
     assert json.loads((back / "quantization_description.json").read_text()) == json.loads(
@@ -590,3 +583,78 @@ def test_a_description_that_names_what_is_not_there_is_refused(tmp_path: Path) -
     ):
         (tmp_path / "quantization_description.json").write_text(json.dumps({**description, **change}))
         assert wanted in fails(5, "inspect", tmp_path)
+
+
+RANKS = FIXTURES / "golden_stick_ranks"
+
+
+def copy_of_ranks(folder: Path) -> Path:
+    shutil.copytree(RANKS, folder)
+    return folder
+
+
+def test_ranks_are_read_as_the_model_that_mindspore_split(tmp_path: Path) -> None:
+    """Four ranks, two copies of two parts: codes split along inputs and outputs, scales by output and by group."""
+    whole, ranks = MindSporeFile(GOLDENS / "ptq_a16w4_pg_gs120.ckpt"), open_checkpoint(RANKS)
+    stored = ranks.tensors.files[0].stored  # type: ignore[attr-defined]
+    names = [name for name in whole.tensors if ".layers.1." not in name]
+    assert set(stored.tensors) == set(names)
+    for name in names:
+        found = stored_tensor(stored.data, name, stored.tensors[name])
+        np.testing.assert_array_equal(found.read(), whole.array(name))
+    # A part of the rows and columns, across the ranks' borders.
+    name = "model.layers.0.feed_forward.w2._layer.weight"
+    found = stored_tensor(stored.data, name, stored.tensors[name])
+    np.testing.assert_array_equal(found.read(slice(200, 300), slice(30, 100)), whole.array(name)[200:300, 30:100])
+    source, prints = fingerprint(GOLDENS / "ptq_a16w4_pg_gs120.ckpt"), fingerprint(RANKS)
+    assert {name: source.tensors[name] for name in prints.tensors} == prints.tensors
+    convert(RANKS, tmp_path / "out", "awq", base_model=GOLDENS)
+    assert fingerprint(tmp_path / "out").digest == prints.digest
+
+
+def test_a_strategy_file_may_lie_beside_or_above(tmp_path: Path) -> None:
+    ranks = copy_of_ranks(tmp_path / "ranks")
+    (tmp_path / "strategy").mkdir()
+    shutil.move(ranks / "ckpt_strategy_rank_0.ckpt", tmp_path / "strategy" / "ckpt_strategy_rank_0.ckpt")
+    assert fingerprint(ranks).digest == fingerprint(RANKS).digest
+    shutil.rmtree(tmp_path / "strategy")
+    assert "holds 4 ranks, each a part of the model, and no ckpt_strategy_rank_0.ckpt says which" in fails(5, "inspect", ranks)
+
+
+def test_ranks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    strategy = "ckpt_strategy_rank_0.ckpt"
+    missing = copy_of_ranks(tmp_path / "missing")
+    shutil.rmtree(missing / "rank_2")
+    assert "missing: rank_2 is missing; wanted one in each of rank_0 to rank_2" in fails(5, "inspect", missing)
+    fewer = copy_of_ranks(tmp_path / "fewer")
+    shutil.rmtree(fewer / "rank_3")
+    assert "over 4 devices; it is of another run" in fails(5, "inspect", fewer)
+    other = copy_of_ranks(tmp_path / "other")
+    shutil.copy(GOLDENS / "ptq_a16w4_pg_gs120.ckpt", other / "rank_1" / "checkpoint_1.ckpt")
+    assert "in rank 1, and" in fails(5, "inspect", other)
+    two = copy_of_ranks(tmp_path / "two")
+    shutil.copy(two / "rank_1" / "checkpoint_1.ckpt", two / "rank_1" / "again.ckpt")
+    assert "rank_1 holds 2 .ckpt files" in fails(5, "inspect", two)
+    empty = copy_of_ranks(tmp_path / "empty")
+    (empty / strategy).write_bytes(b"\x08\x00")
+    assert "says how no parameter is split" in fails(5, "inspect", empty)
+    broken = copy_of_ranks(tmp_path / "broken")
+    (broken / strategy).write_bytes((RANKS / strategy).read_bytes()[:-5])
+    assert strategy in fails(5, "inspect", broken)
+
+
+@pytest.mark.parametrize("position", range(0, 1900, 97))
+def test_a_strategy_with_a_wrong_byte_is_read_or_refused(position: int, tmp_path: Path) -> None:
+    data = bytearray((RANKS / "ckpt_strategy_rank_0.ckpt").read_bytes())
+    data[position] ^= 0xFF
+    (tmp_path / "ckpt_strategy_rank_0.ckpt").write_bytes(bytes(data))
+    with contextlib.suppress(UnreadableError, RefusedError):
+        read_strategy(tmp_path / "ckpt_strategy_rank_0.ckpt")
+
+
+def test_layouts_place_ranks_as_mindspore_does() -> None:
+    """dev_matrix [2, 4, 3]: dimension 0 of a tensor_map is the last, whose neighbours are ranks side by side."""
+    layout = ParameterLayout((2, 4, 3), (1, 0))
+    assert layout.counts() == (4, 3)
+    assert [layout.place(rank) for rank in (0, 1, 2, 3, 11, 12, 23)] == [(0, 0), (0, 1), (0, 2), (1, 0), (3, 2), (0, 0), (3, 2)]
+    assert [ParameterLayout((2, 4, 3), (2,)).place(rank) for rank in (0, 11, 12, 23)] == [(0,), (0,), (1,), (1,)]

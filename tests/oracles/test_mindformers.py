@@ -57,5 +57,4 @@ def test_the_network_of_the_yaml_takes_every_parameter(case: str, tmp_path: Path
     assert found["unknown"] == []
     assert found["shapes"] == []
     assert found["parameters"] > 15
-    if target == "mindspore:gs0.6":
-        assert found["dtypes"] == []  # floats are cast where they differ, codes and bits of scales would be too
+    assert [name for name in found["dtypes"] if "norm" not in name] == []  # norms are computed in float32, and cast to it
