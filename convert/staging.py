@@ -186,14 +186,16 @@ def _check_destination(target: Path, size: int, sources: Sequence[Path], overwri
         raise DestinationError(f"{parent}: {_gb(size)} are needed and {_gb(free)} are free; make room, or choose another disk")
 
 
-MODEL_FILES = ("*.safetensors", "*.json", "README.md", ".gitattributes", *CARRIED)
-"""What a folder that --overwrite may replace consists of."""
+MODEL_FILES = ("*.safetensors", "*.json", "README.md", ".gitattributes", "*.ckpt", "predict_*.yaml", *CARRIED)
+"""What a folder that --overwrite may replace consists of, beside ``rank_0``, which holds nothing but .ckpt files."""
 
 
 def _stranger(folder: Path) -> str | None:
     """What speaks against replacing ``folder``, in words; None if only a model (or nothing) would be lost."""
     entries = list(folder.iterdir())
     for entry in entries:
+        if entry.name == "rank_0" and entry.is_dir() and all(file.suffix == ".ckpt" and file.is_file() for file in entry.iterdir()):
+            continue
         if not entry.is_file() or not any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in MODEL_FILES):
             return f"it holds {entry.name}"
     if entries and not any(entry.name in {"config.json", "weighbridge.json"} or entry.suffix == ".safetensors" for entry in entries):

@@ -15,15 +15,17 @@ import yaml
 from checkpoints import FIXTURES
 from places import fails, succeeds
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from convert import convert, fingerprint, inspect, plan, verify
 from formats import open_checkpoint
 from formats.errors import RefusedError, UnreadableError
-from formats.ir import Array, dequantize
+from formats.ir import Array, dequantize, read
 from formats.mindspore_file import MindSporeFile
 from formats.mindspore_output import lay_out_checkpoint, save
 from formats.mindspore_ranks import ParameterLayout, read_strategy
 from formats.mindspore_yaml import read_quantization
+from formats.protobuf import bytes_field, varint_field
 from formats.safetensors_file import NAMES, stored_tensor
 
 GOLDENS = FIXTURES / "golden_stick"
@@ -356,6 +358,9 @@ def test_the_folder_is_named_alike_and_its_yaml_is_whole(tmp_path: Path) -> None
 def test_without_a_config_the_weights_are_written_and_what_is_missing_is_said(bare: Path, tmp_path: Path) -> None:
     said = succeeds("convert", bare, tmp_path / "out", "--to", "mindspore:gs0.6")
     assert "predict_bare_a16w8.yaml: pass --base-model" in said
+    assert [path.name for path in (tmp_path / "out" / "rank_0").iterdir()] == ["bare_a16w8.ckpt"]
+    decided = plan(bare / "rtn_a16w8_gs060.ckpt", "mindspore:gs0.6")
+    assert [file.name for file in decided.files] == ["rank_0/rtn_a16w8_gs060_a16w8.ckpt"]
     assert not list((tmp_path / "out").glob("*.yaml"))
 
 
@@ -652,9 +657,168 @@ def test_a_strategy_with_a_wrong_byte_is_read_or_refused(position: int, tmp_path
         read_strategy(tmp_path / "ckpt_strategy_rank_0.ckpt")
 
 
-def test_layouts_place_ranks_as_mindspore_does() -> None:
-    """dev_matrix [2, 4, 3]: dimension 0 of a tensor_map is the last, whose neighbours are ranks side by side."""
-    layout = ParameterLayout((2, 4, 3), (1, 0))
-    assert layout.counts() == (4, 3)
-    assert [layout.place(rank) for rank in (0, 1, 2, 3, 11, 12, 23)] == [(0, 0), (0, 1), (0, 2), (1, 0), (3, 2), (0, 0), (3, 2)]
-    assert [ParameterLayout((2, 4, 3), (2,)).place(rank) for rank in (0, 11, 12, 23)] == [(0,), (0,), (1,), (1,)]
+PLACES = {
+    (1, 0): [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+    (2,): [0] * 12 + [1] * 12,
+    (0, 2): [0, 2, 4, 0, 2, 4, 0, 2, 4, 0, 2, 4, 1, 3, 5, 1, 3, 5, 1, 3, 5, 1, 3, 5],
+    (-1, 1): [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3],
+}
+"""By tensor_map, what MindSpore's ``_get_tensor_slice_index`` (2.7.1) says of 24 ranks whose dev_matrix is [2, 4, 3]."""
+
+
+@pytest.mark.parametrize("split", PLACES)
+def test_layouts_place_ranks_as_mindspore_does(split: tuple[int, ...]) -> None:
+    layout = ParameterLayout((2, 4, 3), split)
+    assert [int(np.ravel_multi_index(layout.place(rank), layout.counts())) for rank in range(24)] == PLACES[split]
+
+
+def test_an_interrupted_conversion_is_finished_and_a_finished_one_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files in rank_0 are journalled and durable like any other."""
+    from convert import engine
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    source, out = GOLDENS / "ptq_a16w4_pg_gs120.ckpt", tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_sidecars", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, "mindspore", max_memory=1 << 30)
+    assert not out.exists()
+    assert convert(source, out, "mindspore", max_memory=1 << 30).resumed
+    (path,) = (out / "rank_0").iterdir()
+    assert path.read_bytes() == source.read_bytes()
+    convert(source, out, "mindspore", qkv_concat=True, overwrite=True)
+    assert verify(source, out).same
+
+
+def test_qwen3_goes_over_and_back(tmp_path: Path) -> None:
+    """Its networks have q, k, v and gate, up as one whether asked or not, and norms of q and k; there is no YAML for 1.3.2."""
+    rng, folder = np.random.default_rng(3), tmp_path / "Qwen3"
+    folder.mkdir()
+    shapes = {
+        "model.embed_tokens.weight": (32, 16), "model.norm.weight": (16,), "lm_head.weight": (32, 16),
+        **{f"model.layers.0.self_attn.{x}_proj.weight": y for x, y in {"q": (32, 16), "k": (8, 16), "v": (8, 16), "o": (16, 32)}.items()},
+        **{f"model.layers.0.mlp.{x}_proj.weight": y for x, y in {"gate": (24, 16), "up": (24, 16), "down": (16, 24)}.items()},
+        **{f"model.layers.0.{x}.weight": (16,) for x in ("input_layernorm", "post_attention_layernorm")},
+        **{f"model.layers.0.self_attn.{x}_norm.weight": (8,) for x in "qk"},
+    }  # fmt: skip
+    weights = {name: rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "torch_dtype": "float16"}))
+    result = convert(folder, tmp_path / "ms", "mindspore")
+    assert any("qwen3 is none of the models that MindFormers 1.3.2 configures" in what for what in result.missing)
+    (path,) = (tmp_path / "ms" / "rank_0").iterdir()
+    raw = MindSporeFile(path)
+    fused = np.concatenate([weights[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv"])
+    np.testing.assert_array_equal(raw.array("decoder.layers.0.self_attention.linear_qkv.weight"), fused)
+    assert {name.rpartition(".")[0] for name in raw.tensors} >= {"embedding.word_embeddings", "decoder.final_layernorm", "output_layer"}
+    convert(tmp_path / "ms", tmp_path / "hf", "dense")
+    after = open_checkpoint(tmp_path / "hf").tensors
+    assert {name: array.tobytes() for name, array in weights.items()} == {name: after.array(name).tobytes() for name in after}
+
+
+REFUSED: Mapping[str, tuple[str, str, str, str]] = {
+    "a bias that would be merged": ("msmodelslim_w8/w8a8_static_bf16", "mindspore:gs0.6", "type", "a bias beside static inputs"),
+    "a scale that is float32": ("msmodelslim_w8/v1_w8a8_static", "mindspore:gs1.2", "type", "a float32 scale beside the inputs' own"),
+    "4 bits with quantized inputs": (
+        "msmodelslim_w8/w4a8_dynamic_ascendv1_g128_bf16",
+        "mindspore",
+        "type",
+        "4-bit weights with quantized inputs",
+    ),
+    "groups of 8 bits": ("msmodelslim/w8a16_g128_sym_bf16", "mindspore", "group-size", ""),
+}
+"""What it is: fixture, target, code, words."""
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_golden_stick_has_no_words_for_is_refused(case: str) -> None:
+    fixture, target, code, words = REFUSED[case]
+    refusals = plan(FIXTURES / fixture, target).refusals
+    assert code in {refusal.code for refusal in refusals}
+    assert any(words in str(refusal) for refusal in refusals)
+
+
+def test_layers_quantized_in_two_ways_have_no_yaml(tmp_path: Path) -> None:
+    """A file may hold them, and goes to other formats; MindFormers' configuration has one scheme for all."""
+    scale, zero = np.ones(8, np.float16), np.zeros(8, np.float16)
+    tensors = {
+        "model.layers.0.attention.wo._layer.weight": np.ones((8, 8), np.int8),
+        "model.layers.0.attention.wo._layer.matmul.weight_scale": scale,
+        "model.layers.0.attention.wo._layer.matmul.weight_zp": zero,
+        "model.layers.0.feed_forward.w2._layer.weight": np.ones((16, 4), np.int8),
+        "model.layers.0.feed_forward.w2._layer.matmul.weight_scale": scale,
+        "model.layers.0.feed_forward.w2._layer.matmul.weight_zp": zero,
+    }
+    path = write(tmp_path / "w.ckpt", tensors, int4=("model.layers.0.feed_forward.w2._layer.weight",))
+    (refusal,) = plan(path, "mindspore").refusals
+    assert str(refusal).startswith(
+        "model.layers.0.mlp.down_proj: needs a place in it; mindspore:gs1.2 cannot hold it: is quantized in another"
+    )
+    assert plan(path, "mindspore:hf").refusals == []
+
+
+def test_a_static_product_is_made_of_the_scales_not_of_msmodelslims_rounded_one(tmp_path: Path) -> None:
+    """msModelSlim rounds deq_scale to the model's dtype; Golden Stick's is exact, and the weights' scale comes out of it."""
+    source = FIXTURES / "msmodelslim_w8" / "w8a8_static_ascendv1_fp16"
+    convert(source, tmp_path / "out", "mindspore:gs1.2")
+    assert verify(source, tmp_path / "out").same
+    (path,) = (tmp_path / "out" / "rank_0").iterdir()
+    raw, before = MindSporeFile(path), open_checkpoint(source)
+    name = before.layer_names[0]
+    cell = "model.layers.0.attention.wq" if name.endswith("q_proj") else "model.layers.0.feed_forward.w2"
+    layer, stored = before.layer(name), float_bits(raw.array(f"{cell}._layer.matmul.dequant_scale"))
+    assert layer.input_scale is not None
+    np.testing.assert_array_equal(stored, f32(layer.grid("scales"))[:, 0] * f32(layer.input_scale))
+    zero, codes = int(raw.array(f"{cell}.quant_op.input_zp")[0]), raw.array(f"{cell}._layer.weight").astype(np.int64)
+    np.testing.assert_array_equal(raw.array(f"{cell}._layer.matmul.quant_bias"), -zero * codes.sum(1))
+
+
+LLAMA2_70B = {"wq": (8192, 8192), "wk": (1024, 8192), "wv": (1024, 8192), "wo": (8192, 8192)}
+FEED_FORWARD = {"w1": (28672, 8192), "w2": (8192, 28672), "w3": (28672, 8192)}
+
+
+def sparse(path: Path, ranks: int) -> dict[str, int]:
+    """A rank of Llama2-70B in 8 bits, whose data are holes; the axis that each tensor is split along."""
+    entries: list[Any] = [("model.tok_embeddings.embedding_weight", "F16", (32000 // ranks, 8192))]
+    split = {entries[0][0]: 0}
+    for block in range(80):
+        for place, cells in (("attention", LLAMA2_70B), ("feed_forward", FEED_FORWARD)):
+            for cell, (out, in_) in cells.items():
+                name, by_row = f"model.layers.{block}.{place}.{cell}._layer", cell in {"wo", "w2"}
+                shape = (out, in_ // ranks) if by_row else (out // ranks, in_)
+                entries += [(f"{name}.weight", "I8", shape)]
+                entries += [(f"{name}.matmul.{leaf}", "F16", (shape[0],)) for leaf in ("weight_scale", "weight_zp")]
+                split |= {f"{name}.weight": int(by_row)}
+                split |= {} if by_row else {f"{name}.matmul.{leaf}": 0 for leaf in ("weight_scale", "weight_zp")}
+    file = lay_out_checkpoint(entries, path.name)
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as handle:
+        handle.truncate(file.size)
+        for at, head in file.heads():
+            handle.seek(at)
+            handle.write(head)
+    return split
+
+
+def test_llama2_70b_is_planned_from_one_file_or_eight(tmp_path: Path) -> None:
+    """69 GB that take no room: shapes, names and every output byte come from headers alone."""
+    split = sparse(tmp_path / "whole" / "llama2_70b.ckpt", 1)
+    for rank in range(8):
+        sparse(tmp_path / "ranks" / f"rank_{rank}" / "llama2_70b.ckpt", 8)
+    items = []
+    for name, axis in split.items():
+        devices = bytes_field(1, varint_field(1, 8))
+        axes = b"".join(varint_field(1, 0 if number == axis else (1 << 64) - 1) for number in range(1 if "matmul" in name else 2))
+        items.append(bytes_field(3, bytes_field(1, name.encode()) + bytes_field(2, devices + bytes_field(2, axes))))
+    (tmp_path / "ranks" / "ckpt_strategy_rank_0.ckpt").write_bytes(varint_field(1, 0) + b"".join(items))
+    plans = [plan(tmp_path / place, "gptq", probe=False, base_model=GOLDENS) for place in ("whole", "ranks")]
+    for decided in plans:
+        assert decided.refusals == []
+        assert len(decided.layers) == 560
+        assert decided.checkpoint.layer("model.layers.79.mlp.down_proj").shape == (8192, 28672)
+        assert decided.target_bytes > 68e9
+    assert [layer.target for layer in plans[0].layers] == [layer.target for layer in plans[1].layers]
+    layer = plans[1].checkpoint.layer("model.layers.79.mlp.down_proj")
+    assert not read(layer.codes, slice(8000, 8064), slice(3000, 9000)).any()
