@@ -25,6 +25,8 @@ from .safetensors_file import DTYPES, SourceFile, TensorInfo, TensorTable, store
 INT4 = "Int4"
 SHARED = re.compile(r"(^|\.)(input_scale|input_zp|smooth_scale)$|^_input_quantizer\.|^_weight_observer_cell\.")
 """What fused layers have once, by what follows the module's name."""
+CACHE = ".paged_attention_mgr."
+"""In the names of a quantized KV cache's tensors, which keep MindFormers' names."""
 _OUTPUT = ("attention.wo", "self_attention.linear_proj")
 """The projection whose inputs are q's outputs."""
 _WEIGHTS = ("weight", "_layer.weight", "_handler.weight")
@@ -185,7 +187,7 @@ def lay_out_mindformers(
     wholes: dict[str, _Whole] = {}
     counts = {f"{whole}": len(parts) for whole, parts in names.fused.items()}
     for tensor, dtype, shape in tensors:
-        found = names.stored(tensor, fuse)
+        found = (tensor, 0) if CACHE in tensor else names.stored(tensor, fuse)
         if found is None:
             raise RefusedError(f"{tensor}: has no name in MindFormers' {names.name} models, which would not load it; leave it out")
         stored, part = found

@@ -66,7 +66,7 @@ from .gptq_config import has_bias
 from .ir import Array, ArrayLike, Extra, QuantArgs, QuantizedLinear, QuantScheme, read
 from .laid_out import LaidOut
 from .layouts import PackedMatrix
-from .mindformers_file import INT4, MindFormersFile
+from .mindformers_file import CACHE, INT4, MindFormersFile
 from .mindspore_ranks import RankedFile, read_strategy
 from .mindspore_static import DecodedScale, TakenApart, read_inputs
 from .mindspore_target import NIBBLES, SPELLINGS, Spelling
@@ -181,7 +181,7 @@ class GoldenStick(Checkpoint):
         for name in self.tensors:
             module = _module_of(name, modules)
             if module is None:
-                if ".paged_attention_mgr." in name:
+                if CACHE in name:
                     self.attention.append(name)
                 elif f".{OBSERVERS}" in name:
                     self.left_out.append(_observer(name))

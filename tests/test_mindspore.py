@@ -250,6 +250,25 @@ def test_a_quantized_cache_is_seen(golden: str, variant: str) -> None:
     assert checkpoint.entries == []
 
 
+@pytest.mark.parametrize(("weights", "cache"), [("rtn_a16w8_gs060", "ptq_c8_gs060"), ("ptq_a16w8_gs120", "ptq_c8_gs120_f16")])
+def test_a_quantized_cache_stays_in_its_version_or_is_dropped_by_name(weights: str, cache: str, tmp_path: Path) -> None:
+    """Records follow one another, so a file with both is both files, one behind the other."""
+    both, variant = tmp_path / "source" / "w.ckpt", LAWS[weights][0]
+    both.parent.mkdir()
+    both.write_bytes((GOLDENS / f"{weights}.ckpt").read_bytes() + (GOLDENS / f"{cache}.ckpt").read_bytes())
+    convert(both, tmp_path / "out", f"mindspore:{variant}", base_model=GOLDENS)
+    (path,) = (tmp_path / "out" / "rank_0").iterdir()
+    assert path.read_bytes() == both.read_bytes()
+    (text,) = (tmp_path / "out").glob("predict_*.yaml")
+    assert "kvcache_dtype: int8\n" in text.read_text()
+    other = "mindspore:gs1.2" if variant == "gs0.6" else "mindspore:gs0.6"
+    for target in ("gptq", other):
+        assert {refusal.code for refusal in plan(both, target).refusals} == {"kv-cache-dropped"}
+    convert(both, tmp_path / "dropped", "gptq", base_model=GOLDENS, allow=["kv-cache-dropped"])
+    ours, theirs = fingerprint(GOLDENS / f"{weights}.ckpt").digest, fingerprint(tmp_path / "dropped").digest
+    assert ours == theirs
+
+
 AWQ = FIXTURES / "awq_gptq" / "awq_gemm_g128_zp"
 
 
