@@ -1,6 +1,6 @@
 """The real tools that check what Weighbridge writes, each in an environment of its own.
 
-    nox -s autoawq autogptq gptqmodel msmodelslim compressed_tensors vllm vllm_ascend
+    nox -s autoawq autogptq gptqmodel msmodelslim compressed_tensors mindspore mindformers vllm vllm_ascend
 
 A session builds the tool's environment, then runs the project's own tests with the interpreter
 that runs nox, and tells them where the tool's interpreter is; the tests call it as a subprocess.
@@ -53,16 +53,17 @@ def shared_environment(session: nox.Session, name: str) -> Path:
     return home
 
 
-def install(session: nox.Session, requirements: Path, home: Path) -> None:
-    """Install torch and then the requirements, unless the environment at ``home`` already has exactly them."""
+def install(session: nox.Session, requirements: Path, home: Path, torch: str = TORCH) -> None:
+    """Install torch and then the requirements, unless the environment at ``home`` already has exactly them; torch: "" for none."""
     stamp = home / "weighbridge-requirements.sha256"
-    digest = hashlib.sha256(TORCH.encode() + b"\n" + requirements.read_bytes()).hexdigest()
+    digest = hashlib.sha256(torch.encode() + b"\n" + requirements.read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text("ascii") == digest:
         session.log(f"{requirements.name} is already installed")
         return
     stamp.unlink(missing_ok=True)
     pip = (str(home / "bin" / "python"), "-m", "pip", "install")
-    session.run(*pip, TORCH, silent=True, external=True)
+    if torch:
+        session.run(*pip, torch, silent=True, external=True)
     # The file is a complete list, and the tools' own metadata asks for packages they do not need.
     session.run(*pip, "--no-deps", "-r", str(requirements), silent=True, external=True)
     stamp.write_text(digest, "ascii")
@@ -129,6 +130,26 @@ def msmodelslim(session: nox.Session) -> None:
 def compressed_tensors(session: nox.Session) -> None:
     """transformers 5.10.1 and compressed-tensors 0.17.0 load every compressed-tensors folder that Weighbridge writes."""
     run_oracle(session, "compressed_tensors", ORACLES / "compressed_tensors" / "requirements.txt")
+
+
+@nox.session(venv_backend="venv")
+def mindspore(session: nox.Session) -> None:
+    """MindSpore 2.7.1 loads every .ckpt and safetensors file that Weighbridge writes in its formats, and writes what Weighbridge reads."""
+    if sys.version_info >= (3, 12):
+        session.error("MindSpore 2.7.1 has no wheels for Python 3.12 and later: use 3.11")
+    home = Path(session.virtualenv.location)
+    install(session, ORACLES / "requirements-mindspore.txt", home, torch="")
+    run_tests(session, "mindspore", home)
+
+
+@nox.session(venv_backend="venv")
+def mindformers(session: nox.Session) -> None:
+    """MindFormers 1.3.2 with Golden Stick 0.6.0 builds the networks of the folders that Weighbridge writes, and loads their weights."""
+    if sys.version_info >= (3, 12):
+        session.error("MindSpore 2.7.1 has no wheels for Python 3.12 and later: use 3.11")
+    home = Path(session.virtualenv.location)
+    install(session, ORACLES / "requirements-mindformers.txt", home, torch="")
+    run_tests(session, "mindformers", home)
 
 
 def vllm_environment(session: nox.Session) -> Path:

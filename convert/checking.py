@@ -196,7 +196,7 @@ def _plan_facts(plan: Plan, tp: int) -> FolderFacts:
             )
         )
     files = tuple(file.name for file in plan.files)
-    index = (f"{plan.stem}.safetensors.index.json",) if len(files) > 1 else ()
+    index = () if plan.index is None else (plan.index,)
     names = (*files, *index, *(name for name in written if name != "quantization_config"))
     model = plan.model
     return FolderFacts(plan.spec.name, plan.variant.name, written, files, names, tuple(layers), model.float_linears, (), tp, model.others)

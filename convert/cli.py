@@ -9,7 +9,21 @@ import typer
 from formats import FORMATS
 from formats.errors import NotSameError, RefusedError
 
-from .cli_options import ALLOW, BASE_MODEL, CONSUMER, GPTQ_ZEROS, JOBS, JSON, MEMORY, SCALE_DTYPE, SERVE_DTYPE, SHARD, STRICT, TO
+from .cli_options import (
+    ALLOW,
+    BASE_MODEL,
+    CONSUMER,
+    GPTQ_ZEROS,
+    JOBS,
+    JSON,
+    MEMORY,
+    QKV_CONCAT,
+    SCALE_DTYPE,
+    SERVE_DTYPE,
+    SHARD,
+    STRICT,
+    TO,
+)
 from .cli_quantize import analyze, calibration, evaluate, quantize, tune
 from .printing import (
     echo_result,
@@ -90,6 +104,7 @@ def plan(
     strict: bool = STRICT,
     scale_dtype: str | None = SCALE_DTYPE,
     serve_dtype: str | None = SERVE_DTYPE,
+    qkv_concat: bool = QKV_CONCAT,
     consumer: str | None = CONSUMER,
     gptq_zeros: str | None = GPTQ_ZEROS,
     max_shard_size: str = SHARD,
@@ -110,6 +125,7 @@ def plan(
         scale_dtype=scale_dtype,
         max_shard_size=parse_size(max_shard_size),
         serve_dtype=serve_dtype,
+        qkv_concat=qkv_concat,
         consumer=consumer,
         gptq_zeros=gptq_zeros,
         jobs=jobs,
@@ -134,6 +150,7 @@ def convert(
     strict: bool = STRICT,
     scale_dtype: str | None = SCALE_DTYPE,
     serve_dtype: str | None = SERVE_DTYPE,
+    qkv_concat: bool = QKV_CONCAT,
     consumer: str | None = CONSUMER,
     gptq_zeros: str | None = GPTQ_ZEROS,
     max_shard_size: str = SHARD,
@@ -156,6 +173,7 @@ def convert(
         scale_dtype=scale_dtype,
         max_shard_size=parse_size(max_shard_size),
         serve_dtype=serve_dtype,
+        qkv_concat=qkv_concat,
         consumer=consumer,
         gptq_zeros=gptq_zeros,
         jobs=jobs,

@@ -41,3 +41,4 @@ WORK_DIR = typer.Option(
 DATA_TEMPLATE = typer.Option(
     None, "--template", help="How an object becomes a text: boolq, text, prompt, ... or keys in braces. Default: the one that fits."
 )
+QKV_CONCAT = typer.Option(False, "--qkv-concat", help="mindspore only: store q, k and v as one, and gate and up.")

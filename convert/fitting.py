@@ -81,11 +81,12 @@ class Header:
     scale_dtype: str
     bias_dtype: str | None
     has_g_idx: bool
-    smoothed: bool
+    smooth_dtype: str | None
     scalars: tuple[Part, ...]
     outer_dtype: str | None
     input_dtype: str | None
     derived: tuple[tuple[str, str], ...]
+    kept_product: bool = False
 
     @property
     def inputs(self) -> InputKind | None:
@@ -101,11 +102,12 @@ def header_of(layer: QuantizedLinear, scheme: QuantScheme, derived: tuple[tuple[
         _dtype_of(layer.scales) or "F32",
         _dtype_of(layer.bias),
         layer.g_idx is not None,
-        layer.input_smooth is not None,
+        _dtype_of(layer.input_smooth),
         _scalars_of(layer),
         _dtype_of(layer.outer),
         _dtype_of(layer.input_scale),
         derived,
+        "dequant_scale" in layer.extras,
     )
 
 
@@ -188,7 +190,7 @@ class Fitter:
         if name.split(".")[-1] == "lm_head" and not holds.lm_head:
             self.ledger.refuse("lm-head", name, "a quantized lm_head", "keeps lm_head in float", "convert to gptq, or quantize without it")
         inputs = self._inputs(header)
-        if not self.dense and (header.smoothed or (header.outer_dtype is not None and args.element != "int")):
+        if not self.dense and ((header.smooth_dtype and not holds.smooth) or (header.outer_dtype is not None and args.element != "int")):
             self.ledger.refuse("two-level", name, "a second level of scales", "has one", "choose another target, or dense")
         if args.actorder and header.has_g_idx and args.actorder not in holds.act_order:
             hint = "convert to gptq, which carries g_idx, or dense"
@@ -213,10 +215,21 @@ class Fitter:
         scheme = self.one(QuantScheme(target_args, inputs))
         outer_dtype = header.outer_dtype if holds.outer else None
         derived = () if inputs is None else header.derived
-        shape = self.one(header.shape)
+        smooth_dtype = header.smooth_dtype if holds.smooth else None
         own = self.spec.name == self.checkpoint.format and target_args.strategy == "tensor"
-        scalars = header.scalars if own else ()
-        target = LayerTarget(name, shape, scheme, scale_dtype, bias_dtype, input_dtype, outer_dtype, derived, scalars)
+        target = LayerTarget(
+            name,
+            self.one(header.shape),
+            scheme,
+            scale_dtype,
+            bias_dtype,
+            input_dtype,
+            outer_dtype,
+            derived,
+            header.scalars if own else (),
+            smooth_dtype,
+            header.kept_product,
+        )
         return LayerPlan(target, header.scheme, self.one(moves), repeat)
 
     def _inputs(self, header: Header) -> QuantArgs | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from formats.checkpoint import Location
 from formats.errors import UnreadableError
+from formats.mindspore_yaml import dump
 from formats.safetensors_file import MAX_HEADER_BYTES, index_pieces
 
 from .records import Plan, model_config
@@ -68,9 +69,12 @@ def write_sidecars(plan: Plan, folder: Path) -> list[str]:
     written = configs(plan)
     missing = []
     for name, content in written.items():
+        if name.endswith(".yaml"):
+            (folder / name).write_text(dump(content), encoding="utf-8")
+            continue
         _write_json(folder / name, content)
-    if len(plan.files) > 1:
-        with (folder / f"{plan.stem}.safetensors.index.json").open("w", encoding="utf-8") as file:
+    if plan.index is not None:
+        with (folder / plan.index).open("w", encoding="utf-8") as file:
             file.writelines(index_pieces(plan.files))
     carried = _carry(base, folder)
     if "config.json" not in written:
@@ -79,6 +83,7 @@ def write_sidecars(plan: Plan, folder: Path) -> list[str]:
         )
     elif not any(name.startswith("tokenizer") or name.endswith(".model") for name in carried):
         missing.append("tokenizer files: there are none beside config.json")
+    missing += plan.spec.missing(plan.model, plan.variant.name)
     (folder / "README.md").write_text(model_card(plan, base, written.get("config.json")), encoding="utf-8")
     return missing
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -92,7 +92,10 @@ def inspect(path: str | os.PathLike[str] | Checkpoint, *, gptq_zeros: str | None
 
 def _findings(checkpoint: Checkpoint, layers: dict[str, str]) -> list[Finding]:
     """What a user should know before converting or serving."""
-    found = [Finding("left-out", item.tensor, f"is no part of the model: {item.why}") for item in checkpoint.left_out]
+    left_out = [item for item in checkpoint.left_out if item.condition != "always"]
+    found = [Finding("left-out", item.tensor, f"is no part of the model: {item.why}") for item in left_out]
+    for why, count in Counter(item.why for item in checkpoint.left_out if item.condition == "always").items():
+        found.append(Finding("left-out", f"{count} tensors", f"are no part of the model: {why}"))
     found += [Finding("functional", name, "changes what the model computes; no target can hold it yet") for name in checkpoint.functional]
     found += [Finding("kv-cache", name, "belongs to a quantized KV cache") for name in checkpoint.attention]
     if checkpoint.config is None:

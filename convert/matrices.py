@@ -83,7 +83,7 @@ class Tile:
         self.matrix, self.rows, self.cols, self.work = matrix, rows, cols, work
         layer = matrix.layer
         self._codes: ArrayLike | None = None
-        self._engine = kernels() if layer is not None and is_countable(layer) else None
+        self._engine = kernels() if layer is not None and is_countable(layer) and layer.input_smooth is None else None
         if layer is not None and is_countable(layer):
             self._read_small(layer)
 
@@ -311,9 +311,9 @@ def counts_as_none(matrix: Matrix) -> bool:
 
 
 def is_countable(layer: QuantizedLinear) -> bool:
-    """Whether codes, zero points and scales by output and group are the layer's weights."""
+    """Whether codes, zero points and scales by output and group are the layer's weights, but for a scale of its inputs."""
     simple = layer.scheme.weights.element == "int" and layer.scheme.weights.strategy != "block"
-    return (simple or layer.zero_points is None) and layer.input_smooth is None
+    return simple or layer.zero_points is None
 
 
 def scales_of(layer: QuantizedLinear, rows: slice = slice(None)) -> Array:

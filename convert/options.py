@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
     consumer       what will load the folder ("vllm", "vllm-ascend", "mindie", ...): its dialect of the format is written, and what
                    it requires and would not find is refused
     description    msModelSlim: the description JSON, if it is not beside the weights
+    qkv_concat     mindspore only: store q, k and v as one, and gate and up
     max_shard_size bytes of tensor data per output file; jobs: worker threads (None: the CPUs that may be used)
     max_memory     bytes of anonymous memory that the conversion may use over the bare interpreter; fewer workers run if it is little
     """
@@ -46,6 +47,7 @@ class Options(TypedDict, total=False):
     gptq_zeros: str | None
     consumer: str | None
     description: str | os.PathLike[str] | None
+    qkv_concat: bool
     max_shard_size: int
     jobs: int | None
     max_memory: int
@@ -63,6 +65,7 @@ class Settings:
     gptq_zeros: str | None = None
     consumer: str | None = None
     description: str | os.PathLike[str] | None = None
+    qkv_concat: bool = False
     max_shard_size: int = DEFAULT_SHARD_BYTES
     jobs: int | None = None
     max_memory: int = DEFAULT_MEMORY
@@ -85,6 +88,8 @@ class Settings:
         """UsageError for an option that says nothing to the target."""
         if self.serve_dtype is not None and format != "msmodelslim":
             raise UsageError(f"--serve-dtype {self.serve_dtype}: wanted float16 or bfloat16, with --to msmodelslim")
+        if self.qkv_concat and format != "mindspore":
+            raise UsageError("--qkv-concat: says something to --to mindspore only")
 
     @property
     def workers(self) -> int:

@@ -11,7 +11,7 @@ import contextlib
 import gc
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import MappingProxyType
@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 from formats import Checkpoint, check_writable, find_format, open_checkpoint
 from formats.checkpoint import Location, float_linears, float_matrices, zeros_reading
 from formats.derived import bias_error, contradiction
-from formats.errors import UnreadableError, UsageError
+from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.ir import QuantizedLinear, QuantScheme, read
+from formats.laid_out import LaidOut
 from formats.layouts import expect_work
-from formats.safetensors_file import DTYPES, OutputFile, lay_out
+from formats.safetensors_file import DTYPES, lay_out
 from formats.spec import Capabilities, FormatSpec, ModelFacts, Variant, input_kind
 
 from .fitting import REQUANTIZABLE, Fitter, Header, Ledger, float_dtype, fused_name, header_of
@@ -75,6 +76,12 @@ def _target(to: str, consumer: str | None) -> tuple[FormatSpec, Variant, bool]:
     return spec, variant, named
 
 
+def _name_of(location: Location) -> str:
+    """What to call the model: as its .ckpt file, if that was named, else as its folder."""
+    named = location.file
+    return named.stem if named is not None and named.suffix == ".ckpt" else location.folder.resolve().name
+
+
 @contextlib.contextmanager
 def _no_cyclic_collection() -> Iterator[None]:
     """Headers of 190,000 tensors are a million objects without a cycle: going through them again and again is a third of the time."""
@@ -101,6 +108,8 @@ class Planner:
         bits: int | None = None,
         hints: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        if not named and not checkpoint.layer_names and not checkpoint.unsupported:  # a float model in the format's float spelling
+            variant = next((found for found in spec.variants if found.holds is not None and found.holds.dequantized), variant)
         assert variant.holds is not None
         self.checkpoint, self.spec, self.variant, self.named = checkpoint, spec, variant, named
         self.holds: Capabilities = variant.holds
@@ -112,7 +121,8 @@ class Planner:
         self.half = "BF16" if said == "bfloat16" or (said is None and float_dtype(checkpoint) == "BF16") else "F16"
         self.ledger = Ledger(f"{spec.name}:{variant.name}")
         self.fitter = Fitter(checkpoint, spec, variant, settings, self.ledger, self.half, bits)
-        alike = spec.name == checkpoint.format  # a cache's scales have a spelling in their own format only
+        # A cache's scales have a spelling in their own format only; MindSpore's in each version.
+        alike = spec.name == checkpoint.format and (spec.name != "mindspore" or variant.name == checkpoint.variant)
         self.attention = tuple(checkpoint.attention if alike else ())
         self.entries = checkpoint.entries_with(self.attention)
 
@@ -140,16 +150,18 @@ class Planner:
             tuple(float_matrices(self.checkpoint)),
             self.attention,
             self.checkpoint.said,
+            model_config(self.checkpoint, self.base),
+            _name_of(self.checkpoint.location) if self.base is None else self.base.folder.resolve().name,
+            self.settings.qkv_concat,
         )
-        files: list[OutputFile] = []
-        if not self.ledger.refusals:
-            files = lay_out(self._tensors(by_name), self.settings.max_shard_size, self.spec.stem(model, self.variant.name))
+        files = [] if self.ledger.refusals else self._lay_out(by_name, model)
         self.notes += notes_of(self.checkpoint, self.spec, self.variant, self.base, model, self.ledger)
         options = {
             "allow": sorted(self.settings.allow),
             "strict": self.settings.strict,
             "scale_dtype": self.settings.scale_dtype or "default",
             "serve_dtype": self.settings.serve_dtype or "default",
+            **({"qkv_concat": True} if self.settings.qkv_concat else {}),
             "max_shard_size": self.settings.max_shard_size,
         }
         outputs = sum(len(file.tensors) for file in files)
@@ -182,9 +194,10 @@ class Planner:
             self._refuse_functional(tensor)
         for tensor in self.checkpoint.attention:
             if tensor not in self.attention:
-                cache = ".kv_cache_" in tensor or tensor.endswith(("k_scale", "v_scale"))
+                cache = ".kv_cache_" in tensor or ".paged_attention_mgr." in tensor or tensor.endswith(("k_scale", "v_scale"))
                 self.ledger.lose("kv-cache-dropped" if cache else "attention-dropped", 1.0, tensor)
-        if not self.checkpoint.layer_names and not self.checkpoint.unsupported:
+        renamed = self.dense and "mindspore" in {self.spec.name, self.checkpoint.format}  # float weights under other names
+        if not self.checkpoint.layer_names and not self.checkpoint.unsupported and not renamed:
             hint = "there is nothing to convert: copy the folder, or quantize it first"
             self.ledger.refuse("nothing", self.checkpoint.location.folder.name, "a quantized layer", "holds quantized layers", hint)
 
@@ -227,7 +240,7 @@ class Planner:
         self._check_container(header)
         inputs = zero_range(header.input_zero_point) == (0, 0)
         differs = contradiction(header) if "deq_scale" in header.extras else 0.0
-        steps = bias_error(header) if plan.target.derived and plan.derives_anew(header) else 0.0
+        steps = bias_error(header) if "quant_bias" in dict(plan.target.derived) and plan.derives_anew(header) else 0.0
         return plan.target.name, Facts(low + half, high + half, low == high == 0, scale, bias, inputs, differs, steps)
 
     def _check_container(self, header: QuantizedLinear) -> None:
@@ -338,6 +351,38 @@ class Planner:
             else:
                 for spec in self.spec.outputs(layers[name].target, self.variant.name):
                     yield spec.name, spec.dtype, spec.shape
+
+    def _lay_out(self, layers: dict[str, LayerPlan], model: ModelFacts) -> list[LaidOut]:
+        """Every output file; a tensor that the format cannot hold becomes a refusal."""
+        if self.spec.lay_out is None:
+            return list(lay_out(self._tensors(layers), self.settings.max_shard_size, self.spec.stem(model, self.variant.name)))
+        try:
+            files = self.spec.lay_out(self._tensors(layers), model, self.variant.name, self.settings.max_shard_size)
+            for file in files:
+                self._check_shared(file.shared, layers)
+            return files
+        except RefusedError as error:
+            name, _, why = str(error).partition(": ")
+            why, _, hint = why.rpartition("; ")
+            self.ledger.refuse("tensor", name, "a place in it", f"cannot hold it: {why}", hint)
+            return []
+
+    def _check_shared(self, shared: Sequence[tuple[str, ...]], layers: dict[str, LayerPlan]) -> None:
+        """Refuse tensors that would lie in one place and differ: scales of the inputs of layers that are stored as one."""
+        from .writing import vector
+
+        assert self.spec.outputs is not None
+        wanted = {name for names in shared for name in names}
+        found: dict[str, bytes] = {}
+        for name, layer in layers.items() if wanted else ():
+            specs = [spec for spec in self.spec.outputs(layer.target, self.variant.name) if spec.name in wanted]
+            for spec in specs:
+                found[spec.name] = vector(self.checkpoint.layer(name), layer, spec).tobytes()
+        for names in shared:
+            odd = next((name for name in names if found.get(name) != found.get(names[0])), None)
+            if odd is not None:
+                needs = f"other values than {names[0]}, with which it would be stored once"
+                self.ledger.refuse("fused-inputs", odd, needs, "has one for layers that are stored as one", "convert without --qkv-concat")
 
     def _model_dtype(self, layers: list[LayerPlan]) -> str | None:
         """The dtype that engines should compute in: that of the scales, where it is a half precision one."""

@@ -153,7 +153,7 @@ def compare_tile(left: Matrix, right: Matrix, rows: slice, cols: slice, works: t
         return Found(ours, theirs) if ours == theirs else Found(ours, theirs, "equal", "equal", "different", 1.0, "the bytes differ")
     a, b = left.layer, right.layer
     tiles = Tile(left, rows, cols, works[0]), Tile(right, rows, cols, works[1])
-    if a is None or b is None or not (is_countable(a) and is_countable(b) and a.scheme.weights.element == b.scheme.weights.element):
+    if a is None or b is None or not _are_countable(a, b):
         values = ValueProof(tiles[0])
         for strip in tiles[0].strips():
             values.add(strip, _in_own_dtype(left, tiles[0].values(strip)), _in_own_dtype(right, tiles[1].values(strip)))
@@ -162,6 +162,19 @@ def compare_tile(left: Matrix, right: Matrix, rows: slice, cols: slice, works: t
     for strip in tiles[0].strips():
         proof.add(strip, tiles[0].codes(strip), tiles[1].codes(strip))
     return proof.found()
+
+
+def _are_countable(a: QuantizedLinear, b: QuantizedLinear) -> bool:
+    """Whether two layers are the same weights if their codes, zero points and scales are."""
+    alike = a.scheme.weights.element == b.scheme.weights.element and _same_smooth(a, b)
+    return is_countable(a) and is_countable(b) and alike
+
+
+def _same_smooth(a: QuantizedLinear, b: QuantizedLinear) -> bool:
+    """Whether both scale their inputs alike."""
+    if a.input_smooth is None or b.input_smooth is None:
+        return a.input_smooth is b.input_smooth
+    return np.array_equal(to_float32(a.input_smooth), to_float32(b.input_smooth))
 
 
 class CodeProof:
@@ -176,7 +189,9 @@ class CodeProof:
         # Equal codes, scales and zero points give equal values, the law being a function of them: then one digest is both.
         if left.cols.start == 0:
             self._small = _compare_small(a, b, left.rows)
-        self._alike = _same_small(left, right)
+        if not _same_smooth(a, b):
+            self._small = "equal", "different", 1.0, "the scale of the inputs differs"
+        self._alike = _same_small(left, right) and _same_smooth(a, b)
         self._codes: Agreement = "equal"
         self._detail = self._small[3]
         self._leaves: tuple[list[bytes], list[bytes]] = [], []

@@ -14,7 +14,8 @@ from formats import Checkpoint
 from formats.checkpoint import Entry, Location
 from formats.errors import RefusedError
 from formats.ir import QuantizedLinear, QuantScheme
-from formats.safetensors_file import NAMES, OutputFile
+from formats.laid_out import LaidOut
+from formats.safetensors_file import NAMES
 from formats.spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
 from .memory import Memory
@@ -83,6 +84,8 @@ class LayerPlan:
         target = self.target
         if target.input_dtype is None or layer.input_scale is None:
             return False
+        if "dequant_scale" in dict(target.derived):  # Golden Stick's is the exact product, msModelSlim's a rounded one
+            return "dequant_scale" not in layer.extras or self.requantized
         if target.scheme.weights.sparse:  # where deq_scale is all that says the weight's scale
             return "quant_bias" not in layer.extras
         same = NAMES[layer.input_scale.dtype] == target.input_dtype and NAMES[np.dtype(layer.scales.dtype)] == target.scale_dtype
@@ -97,7 +100,7 @@ class LayerPlan:
 class Plan:
     """A whole conversion, decided before a weight is read. ``refusals`` empty means that it can run.
 
-    layers, plain    in output order; files: every safetensors file with its header and offsets
+    layers, plain    in output order; files: every weight file with its header and offsets
     probed           whether what headers cannot say was settled
     """
 
@@ -106,7 +109,7 @@ class Plan:
     variant: Variant
     layers: list[LayerPlan]
     plain: list[str]
-    files: list[OutputFile]
+    files: list[LaidOut]
     losses: list[Loss]
     refusals: list[Refusal]
     notes: list[str]
@@ -158,6 +161,13 @@ class Plan:
     def stem(self) -> str:
         """Name of the weight files without shard number and suffix."""
         return self.spec.stem(self.model, self.variant.name)
+
+    @property
+    def index(self) -> str | None:
+        """Name of the index of the weight files, if there is one."""
+        if self.spec.index is not None:
+            return self.spec.index(self.variant.name, len(self.files))
+        return f"{self.stem}.safetensors.index.json" if len(self.files) > 1 else None
 
     def outputs(self, layer: LayerTarget) -> tuple[TensorSpec, ...]:
         """The tensors that spell ``layer`` in the target."""

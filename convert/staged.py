@@ -7,9 +7,9 @@ from typing import Any
 
 from formats import Checkpoint
 from formats.checkpoint import Location
-from formats.files import ReadableFile
 from formats.ir import ArrayLike
-from formats.safetensors_file import OutputFile, SourceFile, TensorInfo, index_of, stored_tensor
+from formats.laid_out import LaidOut
+from formats.safetensors_file import SourceFile, TensorInfo, index_of, stored_tensor
 
 from .folder import configs
 from .records import Plan
@@ -20,12 +20,12 @@ class StagedFile:
 
     exempt = 0
 
-    def __init__(self, path: Path, file: OutputFile, number: int) -> None:
+    def __init__(self, path: Path, file: LaidOut, number: int) -> None:
         self.path = path
-        self.metadata: dict[str, str] = {}
+        self.metadata = dict(file.metadata)
         self.tensors = file.tensors.copy_for(number)
         self.identity = SourceFile(path.name, file.size, 0, "")
-        self._file = ReadableFile(path, growing=True)
+        self._file = file.growing(path)
 
     def tensor(self, name: str, info: TensorInfo | None = None) -> ArrayLike:
         """The tensor, unread. info: its own, if it is at hand."""
@@ -40,11 +40,11 @@ def open_staged(plan: Plan, folder: Path) -> Checkpoint:
     """What the plan writes into ``folder``, through the target's reader: headers and configs come from the plan."""
     files = {file.name: file for file in plan.files}
     documents: dict[str, Any] = dict(configs(plan))
-    if len(plan.files) > 1:
-        documents[f"{plan.stem}.safetensors.index.json"] = index_of(plan.files)
+    if plan.index is not None:
+        documents[plan.index] = index_of(plan.files)
 
     def opener(path: Path, number: int = 0) -> StagedFile:
-        return StagedFile(path, files[path.name], number)
+        return StagedFile(path, files[path.relative_to(folder).as_posix()], number)
 
     names = tuple(sorted([*files, *documents]))
     return plan.spec.open(Location(folder, names, documents=documents, opener=opener), plan.variant.name)

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import fnmatch
-import itertools
 import os
 import shutil
 import threading
@@ -25,7 +24,8 @@ import numpy as np
 
 from formats.errors import DestinationError, NotSameError, ReadFailedError
 from formats.ir import Array
-from formats.safetensors_file import OutputFile, TensorIndex, TensorInfo, TensorSet
+from formats.laid_out import LaidOut
+from formats.safetensors_file import TensorIndex, TensorInfo, TensorSet
 from formats.workspace import Workspace
 
 from .folder import CARRIED
@@ -214,14 +214,16 @@ def _check_destination(target: Path, size: int, sources: Sequence[Path], overwri
         raise DestinationError(f"{parent}: {_gb(size)} are needed and {_gb(free)} are free; make room, or choose another disk")
 
 
-MODEL_FILES = ("*.safetensors", "*.json", "README.md", ".gitattributes", *CARRIED)
-"""What a folder that --overwrite may replace consists of."""
+MODEL_FILES = ("*.safetensors", "*.json", "README.md", ".gitattributes", "*.ckpt", "predict_*.yaml", *CARRIED)
+"""What a folder that --overwrite may replace consists of, beside ``rank_0``, which holds nothing but .ckpt files."""
 
 
 def _stranger(folder: Path) -> str | None:
     """What speaks against replacing ``folder``, in words; None if only a model (or nothing) would be lost."""
     entries = list(folder.iterdir())
     for entry in entries:
+        if entry.name == "rank_0" and entry.is_dir() and all(file.suffix == ".ckpt" and file.is_file() for file in entry.iterdir()):
+            continue
         if not entry.is_file() or not any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in MODEL_FILES):
             return f"it holds {entry.name}"
     if entries and not any(entry.name in {"config.json", "weighbridge.json"} or entry.suffix == ".safetensors" for entry in entries):
@@ -244,7 +246,7 @@ def sync(path: Path) -> None:
 
 def _make_durable(stage: Staging) -> None:
     try:
-        for path in (*stage.model.iterdir(), stage.model):
+        for path in (*stage.model.rglob("*"), stage.model):
             sync(path)
     except OSError:
         stage.journal.doubt()
@@ -270,13 +272,14 @@ def _rename(stage: Staging, target: Path) -> None:
 class Output:
     """One laid-out output file, which takes tiles. It has no header until it is finished, so that nothing can load it."""
 
-    def __init__(self, folder: Path, file: OutputFile) -> None:
+    def __init__(self, folder: Path, file: LaidOut) -> None:
         self.path, self.file = folder / file.name, file
         self._turn = threading.Lock()
         self.dirty = False
 
     def make(self) -> None:
         """Make the file at its full size, without data, or accept what an earlier run left of it."""
+        self.path.parent.mkdir(exist_ok=True)
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             os.ftruncate(handle, self.file.size)
@@ -284,17 +287,16 @@ class Output:
             os.close(handle)
 
     def finish(self) -> None:
-        """Write the header, and see that the file holds it: it is whole."""
+        """Write what is not data, a header, and see that the file holds it: it is whole."""
+        sealed = self.file.sealed(self.file.growing(self.path))
         with self.opened() as handle:
-            at, pieces = 0, self.file.header_pieces()
-            while part := b"".join(itertools.islice(pieces, 4096)):
+            for at, part in sealed.heads():
                 write_all(handle, part, at)
                 again = bytearray(len(part))
                 if not _read_back(handle, memoryview(again), at) or again != part:
                     raise NotSameError(
                         f"{self.path.name}: does not hold the header that was written to it; check the disk, and run it again"
                     )
-                at += len(part)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
@@ -310,7 +312,7 @@ class Output:
         lines, begin, step = _lines(info, array, row, col)
         with self._turn, self.opened() as handle:  # one at a time: writers of one file would spin on its lock, line by line
             for number, line in enumerate(lines):
-                write_all(handle, line, begin + number * step)
+                self._write_line(handle, memoryview(line), begin + number * step)
         self.dirty = True  # after the writes: a sync that clears it now comes after them
 
     def holds(self, info: TensorInfo, array: Array, row: int, col: int, work: Workspace) -> bool:
@@ -323,10 +325,24 @@ class Output:
                     part = lines[first : first + high, left : left + wide]
                     again = work.take("read back", part.shape, np.uint8)
                     for number, line in enumerate(again, first):
-                        if not _read_back(handle, memoryview(line), begin + number * step + left):
+                        if not self._read_line(handle, memoryview(line), begin + number * step + left):
                             return False
                     if not np.array_equal(again, part):
                         return False
+        return True
+
+    def _write_line(self, handle: int, line: memoryview, offset: int) -> None:
+        done = 0
+        for begin, length in self.file.pieces(offset, len(line)):
+            write_all(handle, line[done : done + length], begin)
+            done += length
+
+    def _read_line(self, handle: int, line: memoryview, offset: int) -> bool:
+        done = 0
+        for begin, length in self.file.pieces(offset, len(line)):
+            if not _read_back(handle, line[done : done + length], begin):
+                return False
+            done += length
         return True
 
 
@@ -334,9 +350,9 @@ class Places(Mapping[str, tuple[Output, TensorInfo]]):
     """Where every tensor of a set of output files lies. tensors: all of them under one mapping, if there is one already."""
 
     def __init__(self, outputs: Sequence[Output], tensors: TensorSet | None) -> None:
-        self._outputs = {output.file.name: output for output in outputs}
+        self._outputs = {output.path.name: output for output in outputs}
         self._index = TensorIndex([output.file.tensors for output in outputs], _twice) if tensors is None else tensors
-        self._files = [output.file.name for output in outputs] if tensors is None else [file.path.name for file in tensors.files]
+        self._files = [output.path.name for output in outputs] if tensors is None else [file.path.name for file in tensors.files]
 
     def __getitem__(self, name: str) -> tuple[Output, TensorInfo]:
         info = self._index[name]
@@ -360,9 +376,10 @@ def _lines(info: TensorInfo, array: Array, row: int, col: int) -> tuple[Array, i
     rows = info.nbytes // (width * item) if width else 0
     if row + block.shape[0] > rows or col + block.shape[1] > width:
         raise ValueError(f"a block {block.shape} at {(row, col)} leaves a tensor {info.shape}")
-    data, begin = block.view(np.uint8), info.begin + (row * width + col) * item
-    if block.shape[1] < width:
-        return data, begin, width * item
+    stride = info.stride or width
+    data, begin = block.view(np.uint8), info.begin + (row * stride + col) * item
+    if block.shape[1] < stride:
+        return data, begin, stride * item
     return data.reshape(1, -1), begin, data.size
 
 

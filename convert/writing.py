@@ -255,7 +255,9 @@ def _write_grid(
         zeros = moves.repeat_groups(grid, plan.repeat)
     if zeros is not None and spec.part == "zero_points":
         if spec.layout is None:
-            output.write(info, zeros.astype(DTYPES[spec.dtype]), rows.start, 0)
+            stored = (-zeros if spec.negated == "integer" else zeros).astype(DTYPES[spec.dtype])
+            stored = -stored if spec.negated == "float" else stored
+            output.write(info, stored.T if spec.transposed else stored, *((0, rows.start) if spec.transposed else (rows.start, 0)))
             return
         packed = spec.layout.pack(_padded(zeros, spec.columns, -spec.layout.offset))
         output.write(info, packed, *spec.layout.corner(rows.start, 0))
@@ -286,6 +288,8 @@ def _padded(grid: Array, columns: int, value: int) -> Array:
 def write_vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec, output: Output, info: TensorInfo) -> None:
     """One of the tensors that are small whole."""
     data = vector(layer, plan, spec)
+    if data.size == 1:  # of the inputs, said again for each
+        data = np.broadcast_to(data.reshape(-1), info.shape)
     output.write(info, data.reshape(info.shape if len(info.shape) == 2 else (1, -1)), 0, 0)
 
 
@@ -306,9 +310,15 @@ def vector(layer: QuantizedLinear, plan: LayerPlan, spec: TensorSpec) -> Array:
         found = derived.quant_bias(_as_stored(layer, plan))
     elif spec.part == "scale_bias":
         found = derived.scale_bias(layer, spec.shape[1])
+    elif spec.part == "zero_point_bias":
+        found = derived.zero_point_bias(_as_stored(layer, plan))
+    elif spec.part == "merged_bias":
+        found = derived.merged_bias(_as_stored(layer, plan), derived.deq_scale(_as_stored(layer, plan)))
+    elif spec.part == "smoothed_input_scale":
+        found = read(layer.extras["smoothed_input_scale"].value)
     if found is not None:
         return found.astype(dtype)
-    stored = {"bias": layer.bias, "input_scale": layer.input_scale, "outer": layer.outer}[spec.part]
+    stored = {"bias": layer.bias, "input_scale": layer.input_scale, "outer": layer.outer, "input_smooth": layer.input_smooth}[spec.part]
     assert stored is not None
     return cast(read(stored), dtype)
 

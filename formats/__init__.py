@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from . import awq, compressed_tensors, dense, gptq, msmodelslim
+from . import awq, compressed_tensors, dense, gptq, mindspore, msmodelslim
 from .checkpoint import Checkpoint, Location
 from .errors import RefusedError, UnreadableError, UsageError
 from .spec import FormatSpec, Variant
@@ -20,6 +20,7 @@ FORMATS: tuple[FormatSpec, ...] = (
     awq.SPEC,
     gptq.SPEC,
     compressed_tensors.SPEC,
+    mindspore.SPEC,
     dense.SPEC,
 )
 

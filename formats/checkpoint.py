@@ -134,18 +134,20 @@ class Location:
 class LeftOut:
     """A stored tensor that is no part of the model, under a condition that the probe checks.
 
-    condition   "zero": all its values are 0; "equal": its bytes equal tensor ``other``'s
+    condition   "zero": all its values are 0; "equal": its bytes equal tensor ``other``'s; "always": whatever it holds
     why         what it is, for people; otherwise: what follows if the condition does not hold
     """
 
     tensor: str
-    condition: Literal["zero", "equal"]
+    condition: Literal["zero", "equal", "always"]
     other: str
     why: str
     otherwise: str
 
     def holds(self, tensors: TensorSet) -> bool:
-        """Whether the condition holds; reads the tensor."""
+        """Whether the condition holds; reads the tensor, if that matters."""
+        if self.condition == "always":
+            return True
         data = tensors.array(self.tensor)
         return not data.any() if self.condition == "zero" else data.tobytes() == tensors.array(self.other).tobytes()
 
@@ -254,7 +256,8 @@ class Checkpoint:
 class IntegralZeros:
     """Zero points stored in any dtype, as int16 in the signed domain (``LazyArray``).
 
-    stored    2-D array broadcastable to [out, groups]; low, high: the range that bits allow
+    stored    array broadcastable to [out, groups]; low, high: the range that bits allow
+    negated   what is stored is added to codes, rather than taken off
     raises    UnreadableError where a value is not an integer in the range
     """
 
@@ -262,6 +265,7 @@ class IntegralZeros:
     stored: ArrayLike
     low: int
     high: int
+    negated: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -275,7 +279,7 @@ class IntegralZeros:
         part = read(self.stored, rows, cols, work)
         if not part.any():
             return np.zeros(part.shape, dtype=np.int16)
-        values = part.astype(np.float32)
+        values = -part.astype(np.float32) if self.negated else part.astype(np.float32)
         whole = np.rint(values)
         if not np.array_equal(whole, values) or (whole.size and not (self.low <= whole.min() and whole.max() <= self.high)):
             bad = values[~((whole == values) & (whole >= self.low) & (whole <= self.high))]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from .errors import UnreadableError
-from .ir import Array, QuantizedLinear, dequantize, read, scale_grid
+from .ir import Array, ArrayLike, QuantizedLinear, dequantize, read, scale_grid
 
 DERIVED = ("deq_scale", "quant_bias", "scale_bias")
 SPLIT = 16
@@ -39,7 +39,7 @@ def encode_deq_scale(values: Array, dtype: str) -> Array:
 def deq_scale(layer: QuantizedLinear) -> Array:
     """[out] float32: the stored one, else the product of the scales."""
     out = layer.shape[0]
-    kept = layer.extras.get("deq_scale")
+    kept = layer.extras.get("deq_scale", layer.extras.get("dequant_scale"))
     if kept is not None:
         return np.ascontiguousarray(np.broadcast_to(decode_deq_scale(read(kept.value)).reshape(-1), (out,)))
     assert layer.input_scale is not None
@@ -48,10 +48,15 @@ def deq_scale(layer: QuantizedLinear) -> Array:
 
 def sums(layer: QuantizedLinear, rows: slice = slice(None)) -> Array:
     """[rows] int64: each output's codes added up."""
-    start, stop, _ = rows.indices(layer.shape[0])
-    step = max(64, _BAND // layer.shape[1] // 64 * 64)
+    return sums_of(layer.codes, rows)
+
+
+def sums_of(codes: ArrayLike, rows: slice = slice(None)) -> Array:
+    """[rows] int64: the rows of ``codes`` [out, in] added up."""
+    start, stop, _ = rows.indices(codes.shape[0])
+    step = max(64, _BAND // codes.shape[1] // 64 * 64)
     bands = (slice(top, min(top + step, stop)) for top in range(start, stop, step))
-    return np.concatenate([np.add.reduce(read(layer.codes, band), axis=1, dtype=np.int64) for band in bands])
+    return np.concatenate([np.add.reduce(read(codes, band), axis=1, dtype=np.int64) for band in bands])
 
 
 def quant_bias(layer: QuantizedLinear) -> Array:
@@ -123,3 +128,23 @@ def scale_bias(layer: QuantizedLinear, parts: int) -> Array:
         weights = dequantize(layer, slice(top, min(top + step, out)))
         found.append(8 * weights.reshape(weights.shape[0], parts, -1).sum(axis=2, dtype=np.float64))
     return np.concatenate(found).astype(np.float32)
+
+
+def zero_point_bias(layer: QuantizedLinear) -> Array:
+    """[out] int32: what the inputs' zero point makes, in steps of deq_scale, for Golden Stick 1.x; the stored one, if there is one."""
+    kept = layer.extras.get("zero_point_bias")
+    if kept is not None:
+        return np.asarray(read(kept.value))
+    exact = -_offset(layer) * sums(layer)
+    if not (np.abs(exact) < 2**31).all():
+        raise UnreadableError(f"{layer.name}: its inputs' zero point makes {np.abs(exact).max()} steps, which int32 cannot hold")
+    return exact.astype(np.int32)
+
+
+def merged_bias(layer: QuantizedLinear, stored_deq_scale: Array) -> Array:
+    """[out] float64: the bias with what the inputs' zero point makes, for Golden Stick 0.6.0; the stored one, if there is one."""
+    kept = layer.extras.get("merged_bias")
+    if kept is not None:
+        return read(kept.value).astype(np.float64)
+    bias = np.zeros(layer.shape[0]) if layer.bias is None else read(layer.bias).astype(np.float64)
+    return np.asarray(bias - _offset(layer) * sums(layer) * stored_deq_scale.astype(np.float64))

@@ -13,7 +13,7 @@ import stat
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,36 @@ MAX_OPEN = max(4, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 """Files held open at once; a checkpoint may have more shards than a process may have descriptors."""
 
 
-class ReadableFile:
+Read = Callable[[memoryview, int], None]
+"""Fills bytes of memory from an offset. UnreadableError if they are not all there, or the disk fails."""
+
+
+class Readable:
+    """Bytes to be read by position: a file, or what is made of one.
+
+    path, size   of the file, for errors; bytes that can be read
+    """
+
+    path: Path
+    size: int
+
+    def reading(self) -> contextlib.AbstractContextManager[Read]:
+        """What reads inside a block; cheaper than to ask for every piece anew."""
+        raise NotImplementedError
+
+    def read_into(self, buffer: Any, offset: int) -> None:
+        """Fill the contiguous ``buffer`` from byte ``offset``. UnreadableError if the file ends before, or its disk fails."""
+        with self.reading() as read:
+            read(memoryview(buffer).cast("B"), offset)
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """``length`` bytes from ``offset``."""
+        buffer = bytearray(length)
+        self.read_into(buffer, offset)
+        return buffer
+
+
+class ReadableFile(Readable):
     """One regular file to read from. It is opened when first read, and again after others were (``MAX_OPEN``).
 
     size, mtime_ns   as they were when it was first looked at; a file that differs later is refused
@@ -81,16 +110,11 @@ class ReadableFile:
         with contextlib.suppress(Exception):
             self._close()
 
-    def read_into(self, buffer: Any, offset: int) -> None:
-        """Fill the contiguous ``buffer`` from byte ``offset``. UnreadableError if the file ends before, or its disk fails."""
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Read]:
+        """``pread`` from the file, which stays open inside the block."""
         with self.opened() as descriptor:
-            read_at(descriptor, memoryview(buffer).cast("B"), offset, self.path)
-
-    def read(self, offset: int, length: int) -> bytearray:
-        """``length`` bytes from ``offset``."""
-        buffer = bytearray(length)
-        self.read_into(buffer, offset)
-        return buffer
+            yield lambda view, offset: read_at(descriptor, view, offset, self.path)
 
     def unchanged(self) -> bool:
         """Whether the file at the path still is the one that was opened, with its size and time."""

@@ -26,24 +26,29 @@ import re
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
 import numpy as np
 import xxhash
 
 from .errors import HeaderError, UnreadableError
-from .files import ReadableFile
+from .files import Readable, ReadableFile
 from .ir import Array, ArrayLike
 from .stored_tensor import StoredTensor
+
+if TYPE_CHECKING:
+    from .laid_out import LaidOut
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 32
 """What NumPy 1 holds; weights have two or three."""
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+FORMAT: Mapping[str, str] = {"format": "pt"}
+"""The metadata without which transformers refuses a file."""
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -71,13 +76,18 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a file: its dtype name, shape, and byte range counted from the start of the file."""
+    """One tensor of a file: its dtype name, shape, and byte range counted from the start of the file.
+
+    stride   elements from one row to the next, where the tensor is some columns of a stored one; 0: its own width. ``end`` then is
+             ``begin`` and the bytes that are its own
+    """
 
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
     file: int = 0
+    stride: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -92,11 +102,14 @@ class TensorTable(Mapping[str, TensorInfo]):
         self._dtypes: list[str] = []
         self._shapes: list[tuple[int, ...]] = []
         self._bounds = array("q")
+        self._strides: dict[int, int] = {}
         self._rows: dict[str, int] = {}
         self._file = file
 
-    def add(self, name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int) -> None:
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int, stride: int = 0) -> None:
         """Append a tensor."""
+        if stride:
+            self._strides[len(self._names)] = stride
         self._names.append(name)
         self._dtypes.append(sys.intern(dtype))
         self._shapes.append(_same_tuple(shape))
@@ -106,7 +119,8 @@ class TensorTable(Mapping[str, TensorInfo]):
     def row(self, number: int, file: int | None = None) -> TensorInfo:
         """The tensor with this number, in the order of the data; file: as one of this file's."""
         begin, end = self._bounds[2 * number], self._bounds[2 * number + 1]
-        return TensorInfo(self._dtypes[number], self._shapes[number], begin, end, self._file if file is None else file)
+        where = self._file if file is None else file
+        return TensorInfo(self._dtypes[number], self._shapes[number], begin, end, where, self._strides.get(number, 0))
 
     def _by_name(self) -> dict[str, int]:
         """Numbers by name; made when first asked for, since a set of files has a list of its own."""
@@ -136,6 +150,7 @@ class TensorTable(Mapping[str, TensorInfo]):
         """The same tensors, as those of another file of a set; columns are shared."""
         twin = TensorTable(file)
         twin._names, twin._dtypes, twin._shapes, twin._bounds = self._names, self._dtypes, self._shapes, self._bounds
+        twin._strides = self._strides
         return twin
 
 
@@ -334,11 +349,11 @@ class SafetensorsFile:
         return self._file.unchanged()
 
 
-def stored_tensor(file: ReadableFile, name: str, info: TensorInfo) -> StoredTensor:
+def stored_tensor(file: Readable, name: str, info: TensorInfo) -> StoredTensor:
     """The tensor that ``info`` says lies in ``file``; F4 as its bytes, uint8 in one row."""
     dtype = DTYPES.get(info.dtype, np.dtype("u1"))
     shape = (info.nbytes,) if info.dtype == "F4" else info.shape
-    return StoredTensor(file, name, dtype, shape, info.begin, shape[-1] if shape else 1)
+    return StoredTensor(file, name, dtype, shape, info.begin, info.stride or (shape[-1] if shape else 1))
 
 
 class StoredFile(Protocol):
@@ -470,14 +485,35 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A safetensors file that is fully laid out before a byte of data exists.
+    """A safetensors file that is fully laid out before a byte of data exists (``laid_out.LaidOut``).
 
     tensors       {name: TensorInfo with absolute offsets}, in the order of their data; size in bytes
+    metadata      of the header
     """
 
     name: str
     tensors: TensorTable
     size: int
+    metadata: Mapping[str, str] = field(default_factory=lambda: FORMAT)
+
+    @property
+    def shared(self) -> tuple[tuple[str, ...], ...]:
+        return ()
+
+    def pieces(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        return ((offset, length),)
+
+    def heads(self) -> Iterator[tuple[int, bytes]]:
+        at, pieces = 0, self.header_pieces()
+        while part := b"".join(itertools.islice(pieces, 4096)):
+            yield at, part
+            at += len(part)
+
+    def growing(self, path: Path) -> Readable:
+        return ReadableFile(path, growing=True)
+
+    def sealed(self, data: Readable) -> OutputFile:
+        return self
 
     @property
     def header(self) -> bytes:
@@ -489,7 +525,7 @@ class OutputFile:
         begin = min((info.begin for info in self.tensors.values()), default=self.size)
         yield (begin - 8).to_bytes(8, "little")
         length = 8
-        for piece in _header_text((name, info.dtype, info.shape, info.nbytes) for name, info in self.tensors.items()):
+        for piece in _header_text(((name, info.dtype, info.shape, info.nbytes) for name, info in self.tensors.items()), self.metadata):
             length += len(piece)
             yield piece
         yield b" " * (begin - length)
@@ -500,6 +536,7 @@ def lay_out(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     stem: str = "model",
     single_name: str | None = None,
+    metadata: Mapping[str, str] = FORMAT,
 ) -> list[OutputFile]:
     """Decide every output file from (name, dtype, shape) triples: shards in the given order, offsets, headers.
 
@@ -512,11 +549,11 @@ def lay_out(
     for name, dtype, shape in tensors:
         size = nbytes(dtype, shape)
         if shard and held + size > max_shard_bytes:
-            files.append(_lay_out_file(shard))
+            files.append(_lay_out_file(shard, metadata))
             shard, held = [], 0
         shard.append((name, dtype, shape, size))
         held += size
-    files.append(_lay_out_file(shard))
+    files.append(_lay_out_file(shard, metadata))
     if len(files) == 1:
         return [replace(files[0], name=single_name or f"{stem}.safetensors")]
     return [replace(file, name=f"{stem}-{i:05d}-of-{len(files):05d}.safetensors") for i, file in enumerate(files, 1)]
@@ -525,9 +562,9 @@ def lay_out(
 _Sized = tuple[str, str, tuple[int, ...], int]
 
 
-def _lay_out_file(tensors: list[_Sized]) -> OutputFile:
+def _lay_out_file(tensors: list[_Sized], metadata: Mapping[str, str]) -> OutputFile:
     ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor[1]].itemsize if tensor[1] in DTYPES else -1)
-    length = sum(map(len, _header_text(ordered)))
+    length = sum(map(len, _header_text(ordered, metadata)))
     length += -length % 8
     if length > MAX_HEADER_BYTES:
         raise HeaderError(f"{tensors[0][0]}: the header of its file would need {length} bytes; use a smaller --max-shard-size")
@@ -535,15 +572,15 @@ def _lay_out_file(tensors: list[_Sized]) -> OutputFile:
     for name, dtype, shape, size in ordered:
         table.add(name, dtype, tuple(shape), begin, begin + size)
         begin += size
-    return OutputFile("", table, begin)
+    return OutputFile("", table, begin, metadata)
 
 
 _COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
-def _header_text(ordered: Iterable[_Sized]) -> Iterator[bytes]:
+def _header_text(ordered: Iterable[_Sized], metadata: Mapping[str, str]) -> Iterator[bytes]:
     """The header's JSON, without its padding, for tensors in the order of their data; piece by piece."""
-    yield b'{"__metadata__":{"format":"pt"}'
+    yield f'{{"__metadata__":{_COMPACT.encode(dict(metadata))}'.encode()
     position = 0
     for name, dtype, shape, size in ordered:
         entry = {"dtype": dtype, "shape": shape, "data_offsets": (position, position + size)}
@@ -552,19 +589,19 @@ def _header_text(ordered: Iterable[_Sized]) -> Iterator[bytes]:
     yield b"}"
 
 
-def index_of(files: Sequence[OutputFile]) -> dict[str, Any]:
+def index_of(files: Sequence[LaidOut]) -> dict[str, Any]:
     """The content of the shards' index: true total_size (bytes of tensor data) and weight_map."""
     total = sum(info.nbytes for file in files for info in file.tensors.values())
     weight_map = {name: file.name for file in files for name in file.tensors}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def index_json(files: Sequence[OutputFile]) -> str:
+def index_json(files: Sequence[LaidOut]) -> str:
     """``model.safetensors.index.json`` for the shards."""
     return "".join(index_pieces(files))
 
 
-def index_pieces(files: Sequence[OutputFile]) -> Iterator[str]:
+def index_pieces(files: Sequence[LaidOut]) -> Iterator[str]:
     """``index_json`` piece by piece."""
     yield from json.JSONEncoder(indent=2).iterencode(index_of(files))
     yield "\n"

@@ -7,7 +7,7 @@ which part of the law it holds, in which layout), and the engine in ``convert.ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,10 +16,11 @@ from .layouts import Layout
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, Location
+    from .laid_out import LaidOut
 
 Part = Literal[
     "codes", "scales", "zero_points", "scaled_zeros", "outer", "g_idx", "bias", "weight", "shape", "input_scale", "input_zero_point",
-    "deq_scale", "quant_bias", "scale_bias", "outer_zeros",
+    "deq_scale", "quant_bias", "scale_bias", "outer_zeros", "input_smooth", "smoothed_input_scale", "merged_bias", "zero_point_bias",
 ]  # fmt: skip
 InputKind = Literal["static", "dynamic", "both"]
 """How a layer's inputs are quantized: by scales that the file holds, by scales found at run time, or in each of two modes."""
@@ -32,8 +33,9 @@ class TensorSpec:
     part        what it holds of the law; layout: how codes or zero points sit in its words
                 ("scaled_zeros": minus the product of scale and unsigned zero point, in the scales' dtype;
                 "shape": (out, in) as two integers; "deq_scale", "quant_bias", "scale_bias": msModelSlim's derived tensors;
-                "outer_zeros": zeros beside the outer scales)
-    transposed  scales are stored [groups, out] instead of [out, groups]
+                "outer_zeros": zeros beside the outer scales; "smoothed_input_scale", "merged_bias", "zero_point_bias": Golden Stick's)
+    transposed  scales and zero points are stored [groups, out] instead of [out, groups]
+    negated     zero points that are added: negated once they are floats, so that 0 is -0.0, or while they are integers
     columns     groups stored, where they are padded with zero bits; 0: the layer's own
     order       of so many outputs place i holds the scale of output ``order[i]``; (): as they come
     """
@@ -46,6 +48,7 @@ class TensorSpec:
     transposed: bool = False
     columns: int = 0
     order: tuple[int, ...] = ()
+    negated: Literal["", "float", "integer"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,8 @@ class LayerTarget:
     input_dtype   of a static input scale, None without one; outer_dtype: of the outer level of scales, None without one
     derived       tensors that follow from the law and are written beside it, by leaf name, with their dtypes
     scalars       parts ("scales", "zero_points") whose one number for the whole tensor has no dimensions, as in the source
+    smooth_dtype  of a scale that multiplies the inputs, None without one
+    kept_product  the source holds the product of weights' and inputs' scales
     """
 
     name: str
@@ -68,6 +73,8 @@ class LayerTarget:
     outer_dtype: str | None = None
     derived: tuple[tuple[str, str], ...] = ()
     scalars: tuple[Part, ...] = ()
+    smooth_dtype: str | None = None
+    kept_product: bool = False
 
     @property
     def group_size(self) -> int:
@@ -92,6 +99,8 @@ class ModelFacts:
     entries       ("layer" | "plain", name) of everything in the folder, in order
     model_dtype   torch dtype name that the engine should compute in ("float16", "bfloat16"), or None to leave it
     attention     stored tensors of a quantized KV cache or attention that are carried; said: what the source says of them
+    config        the model's config.json, None without one; folder: the name of the model's folder
+    fused         linears that engines fuse are to be stored as one, where the format can
     """
 
     layers: tuple[LayerTarget, ...]
@@ -101,6 +110,9 @@ class ModelFacts:
     others: tuple[str, ...] = ()
     attention: tuple[str, ...] = ()
     said: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    folder: str = ""
+    fused: bool = False
 
 
 def input_kind(scheme: QuantScheme, has_scale: bool) -> InputKind | None:
@@ -127,6 +139,7 @@ class Capabilities:
                                  keep them
     inputs                       kinds of input quantization that it holds; outer: holds two-level scales of integer codes
     sparse                       says of layers with static inputs that they are sparse, and keeps their scale in derived tensors only
+    smooth                       holds scales that multiply the inputs
     multiple_of                  (out, in) must be multiples of these
     mixed_groups                 whether layers may have different group sizes within one folder
     lm_head                      whether lm_head may be quantized
@@ -147,6 +160,7 @@ class Capabilities:
     inputs: tuple[InputKind, ...] = ()
     outer: bool = False
     sparse: bool = False
+    smooth: bool = False
     multiple_of: tuple[int, int] = (1, 1)
     mixed_groups: bool = False
     lm_head: bool = False
@@ -188,6 +202,10 @@ class FormatSpec:
     outputs              the tensors that spell one layer in a variant, or None if the format cannot be written yet
     quantization_config  ({file name: JSON object}, quantization_config for config.json) of a folder
     stem                 name of the weight files without shard number and suffix
+    lay_out              every output file from (name, dtype, shape), the model, the variant and the most bytes of a shard;
+                         RefusedError for a tensor that it cannot hold. None: safetensors, called ``stem``
+    missing              what a folder that loads needs and that cannot be made, in words
+    index                name of the index of so many weight files of a variant, if there is one. None: of several, ``stem``'s
     config_keys          what config.json says beside quantization_config
     derived              (leaf name, dtype) of tensors that follow from the law and are written beside it, of a layer whose inputs
                          are quantized in a way, for a model of a dtype ("BF16", "F16", "F32"; None: unknown)
@@ -204,6 +222,9 @@ class FormatSpec:
     outputs: Callable[[LayerTarget, str], tuple[TensorSpec, ...]] | None = None
     quantization_config: Callable[[ModelFacts, str], tuple[Mapping[str, Any], dict[str, Any] | None]] | None = None
     stem: Callable[[ModelFacts, str], str] = lambda model, variant: "model"
+    lay_out: Callable[[Iterable[tuple[str, str, tuple[int, ...]]], ModelFacts, str, int], list[LaidOut]] | None = None
+    index: Callable[[str, int], str | None] | None = None
+    missing: Callable[[ModelFacts, str], list[str]] = lambda model, variant: []
     config_keys: Callable[[ModelFacts, str], Mapping[str, Any]] = lambda model, variant: {}
     derived: Callable[[QuantizedLinear, InputKind | None, str | None], tuple[tuple[str, str], ...]] = _no_derived
     objection: Callable[[LayerTarget, str], Objection | None] = lambda layer, variant: None

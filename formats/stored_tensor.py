@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .files import ReadableFile, read_at
+from .files import Readable
 from .regions import Array
 from .workspace import Workspace, empty
 
@@ -26,7 +26,7 @@ class StoredTensor:
     turned   rows and columns are exchanged: what is seen is [stored columns, stored rows]
     """
 
-    file: ReadableFile
+    file: Readable
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -79,16 +79,15 @@ class StoredTensor:
         found = empty(work, "stored", (max(bottom - top, 0), max(right - left, 0)), self.dtype)
         if not found.size:
             return found
-        item, path = self.dtype.itemsize, self.file.path
-        begin = self.begin + (top * self.stride + left) * item
-        with self.file.opened() as descriptor:
+        item = self.dtype.itemsize
+        begin, flat = self.begin + (top * self.stride + left) * item, memoryview(found.reshape(-1).view(np.uint8))
+        with self.file.reading() as read:
             if found.shape[1] == self.stride or found.shape[0] == 1:
-                read_at(descriptor, memoryview(found.reshape(-1).view(np.uint8)), begin, path)
+                read(flat, begin)
             else:
                 width, step = found.shape[1] * item, self.stride * item
-                flat = memoryview(found.reshape(-1).view(np.uint8))
                 for row in range(found.shape[0]):
-                    read_at(descriptor, flat[row * width : (row + 1) * width], begin + row * step, path)
+                    read(flat[row * width : (row + 1) * width], begin + row * step)
         return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
@@ -96,14 +95,21 @@ class StoredTensor:
         return whole if dtype is None else whole.astype(dtype)
 
 
-def raw_chunks(tensor: ArrayLike, size: int) -> Iterator[tuple[int, Array]]:
-    """The bytes of a tensor that is not turned, in order: (offset in the tensor, uint8 array of at most ``size``)."""
+def raw_chunks(
+    tensor: ArrayLike, size: int, begin: int = 0, end: int | None = None, work: Workspace | None = None
+) -> Iterator[tuple[int, Array]]:
+    """The bytes of a tensor that is not turned, in order: (offset in the tensor, uint8 array of at most ``size``).
+
+    begin, end   of the bytes that are wanted; all by default
+    work         may hold a chunk, until the next one
+    """
     if not isinstance(tensor, StoredTensor):
-        data = np.ascontiguousarray(np.asarray(tensor)).reshape(-1).view(np.uint8)
-        for start in range(0, data.size, size):
+        data = np.ascontiguousarray(np.asarray(tensor)).reshape(-1).view(np.uint8)[:end]
+        for start in range(begin, data.size, size):
             yield start, data[start : start + size]
         return
-    for start in range(0, tensor.nbytes, size):
-        chunk = np.empty(min(size, tensor.nbytes - start), dtype=np.uint8)
+    end = tensor.nbytes if end is None else end
+    for start in range(begin, end, size):
+        chunk = empty(work, "raw", (min(size, end - start),), np.uint8)
         tensor.file.read_into(chunk, tensor.begin + start)
         yield start, chunk

@@ -1,6 +1,6 @@
 """Conversions against ``cp`` plus fsync: one table, every row from the same run, medians.
 
-    python scripts/bench.py [--layers 4] [--runs 5] [--folder DIR] [--hub] [--plan]
+    python scripts/bench.py [--layers 4] [--runs 5] [--folder DIR] [--hub] [--mindspore] [--plan]
 
 Each row is a whole process (interpreter, imports, kernels, fsync), run in turn with the others, so that a slow minute of the
 machine falls on all of them. The source is read once before, so it is in the page cache if it fits. Peak memory is anonymous
@@ -101,6 +101,23 @@ def bench_w8a8(folder: Path, layers: int, runs: int) -> list[list[str]]:
     synthetic.write(source, layers, static=True)
     table = against_copy(folder / "out", source, [(source, "compressed-tensors")], runs)
     shutil.rmtree(source)
+    return table
+
+
+def bench_mindspore(folder: Path, layers: int, runs: int) -> list[list[str]]:
+    """A .ckpt file written again, against a copy of it and against MindSpore's own load, where ``make oracles`` installed that."""
+    from noxfile import cache_folder
+
+    source, place = folder / "w8a16", folder / "ckpt"
+    synthetic.write(source, layers)
+    subprocess.run([*TOOL, "convert", str(source), str(place), "--to", "mindspore", "--no-proof"], check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(source)
+    python = cache_folder() / "oracles" / "mindspore" / "bin" / "python"
+    (file,) = (place / "rank_0").iterdir()
+    code = "import os, sys; import mindspore; mindspore.load_checkpoint(sys.argv[1]); os.mkdir(sys.argv[2])"
+    load = {"mindspore.load_checkpoint": [str(python), "-c", code, str(file), str(folder / "out")]} if python.exists() else {}
+    table = against_copy(folder / "out", place / "rank_0", [(place / "rank_0", "mindspore")], runs, load)
+    shutil.rmtree(place)
     return table
 
 
@@ -247,6 +264,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where to write; default: a folder beside the current one")
     parser.add_argument("--hub", action="store_true", help="also convert between awq, gptq and back to msModelSlim")
+    parser.add_argument("--mindspore", action="store_true", help="only write a .ckpt file of as many layers again (0.12 GB each)")
     parser.add_argument("--plan", action="store_true", help="also plan 190,000 tensors")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder or Path.cwd()) as name:
@@ -254,6 +272,10 @@ def main() -> None:
         print(machine())
         size = f"{options.layers} layers of Qwen2-7B's shapes, msModelSlim W4A16 group 128 (a byte a code, float32 scales)"
         columns = ["", "seconds, median (min to max)", "x cp + fsync", "CPU seconds", "GB/s of source", "peak anonymous MiB"]
+        if options.mindspore:
+            title = f"A .ckpt file of {options.layers} layers of Qwen2-7B's shapes, 4 bits per group of 128, written again"
+            show(f"{title}; {options.runs} runs", columns, bench_mindspore(folder, options.layers, options.runs))
+            return
         show(f"{size}; {options.runs} runs", columns, bench(folder, options.layers, options.runs))
         if options.hub:
             show(f"The same weights from awq and gptq; {options.runs} runs", columns, bench_hub(folder, options.layers, options.runs))

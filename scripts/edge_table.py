@@ -90,6 +90,7 @@ class Goldens:
 GOLDENS = (
     Goldens("As msModelSlim wrote it: quantized inputs and KV cache", "msmodelslim_w8", ("w8a8_numpy_fp16",)),
     Goldens("As llm-compressor wrote it: compressed-tensors", "compressed_tensors"),
+    Goldens("As Golden Stick wrote it: MindSpore", "golden_stick", ("config.json", "ptq_c8_gs060.ckpt", "ptq_c8_gs120_f16.ckpt")),
 )
 SECTIONS: tuple[Scheme | Goldens, ...] = (*ZOO, *GOLDENS)
 
@@ -170,7 +171,7 @@ def sources(folder: Path, scheme: Scheme | Goldens) -> dict[str, Path]:
         return found
     found = {"msmodelslim:safe_tensor": first}
     for variant in variants():
-        if variant in found or variant in DIALECTS or variant.startswith("dense"):
+        if variant in found or variant in DIALECTS or variant in {"dense:hf", "mindspore:float"}:
             continue
         place = folder / variant.replace(":", ".")
         try:
@@ -222,9 +223,9 @@ def render(cells: dict[str, dict[str, dict[str, str]]]) -> str:
         "Made by `scripts/edge_table.py`; `tests/test_edges.py` runs every edge. Rows are sources, columns targets. *exact*: every",
         "weight bit for bit, *by* a named move where groups or codes are spelled in another way. *rounded*: done by default, measured,",
         "refused by `--strict`. *refused*: by the code that `weighbridge plan` explains. A format that cannot hold a scheme as it is",
-        "has no row for it. `vllm-ascend` and `mindie` are dialects that are read as what they are dialects of. The last two tables",
+        "has no row for it. `vllm-ascend` and `mindie` are dialects that are read as what they are dialects of. The last three tables",
         "start from the fixtures of those names, so that each of the tools' schemes is there.",
-        "`dense` holds float16 here; with `--scale-dtype float32` it is exact.",
+        "`dense` and `mindspore:float` hold float16 here; with `--scale-dtype float32` they are exact.",
     ]
     for scheme, rows in cells.items():
         lines += ["", f"## {scheme}", "", "| from | " + " | ".join(targets) + " |", "|" + " --- |" * (len(targets) + 1)]

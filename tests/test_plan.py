@@ -35,7 +35,7 @@ from convert.engine import convert, run
 from convert.moves import MOVES
 from convert.planning import plan
 from convert.records import LOSSES, Plan
-from formats import files, stored_tensor
+from formats import files
 from formats.errors import RefusedError, UnreadableError, UsageError
 
 MODEL = "model.safetensors"
@@ -812,8 +812,7 @@ class TestThePlanItself:
             real(descriptor, view, offset, path)
 
         real = files.read_at
-        for module in (files, stored_tensor):
-            monkeypatch.setattr(module, "read_at", watched)
+        monkeypatch.setattr(files, "read_at", watched)
         decided = plan(folder, to, probe=False)
         assert sorted(reads) == [(0, 8), (8, data)]
         assert not decided.probed

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
-NAMES = ("header", "documents", "weights", "patterns", "pickles")
+NAMES = ("header", "documents", "weights", "patterns", "pickles", "mindspore")
 
 
 def cache_folder() -> Path:

@@ -10,11 +10,14 @@ from pathlib import Path
 
 from attacks import CONFIG, DESCRIPTION, FOLDER, INDEX, MODEL, QUANTIZE, Files, awq, gemv, gptq, shards, slim
 from checkpoints import FIXTURES
+from mindspore_records import record, with_crc
 
 from convert.inspection import inspect
 from convert.mending import doctor
 from convert.planning import plan
 from formats.errors import WeighbridgeError
+from formats.mindspore_file import MindSporeFile
+from formats.mindspore_output import entries_of, lay_out_checkpoint, stream
 from formats.patterns import Budget, Pattern
 from formats.safetensors_file import parse_header
 
@@ -69,7 +72,32 @@ def pickles(data: bytes, place: Path) -> None:
     _commands({"quant_weight.npy": data, CONFIG: b"{}"}, place)
 
 
-TARGETS: dict[str, Target] = {"header": header, "documents": documents, "weights": weights, "patterns": patterns, "pickles": pickles}
+def mindspore(data: bytes, place: Path) -> None:
+    """A .ckpt file of MindSpore, or an encrypted one. What is read can be written, and is then read as the same."""
+    place.mkdir(parents=True, exist_ok=True)
+    first, second = (place / name for name in ("first.ckpt", "second.ckpt"))
+    first.write_bytes(data)
+    file = MindSporeFile(first, key=bytes(range(16)))
+    if file.crc is not None:
+        with contextlib.suppress(WeighbridgeError):
+            file.check_crc()
+    contents = {name: file.array(name).tobytes() for name in file.tensors}
+    laid_out = lay_out_checkpoint(entries_of(file), "second.ckpt", crc=True, chunk_bytes=7)
+    second.write_bytes(b"".join(map(bytes, stream(laid_out, file.tensor))))
+    again = MindSporeFile(second)
+    again.check_crc()
+    assert (again.names, again.texts, again.metadata) == (file.names, file.texts, file.metadata)
+    assert {name: again.array(name).tobytes() for name in again.tensors} == contents
+
+
+TARGETS: dict[str, Target] = {
+    "header": header,
+    "documents": documents,
+    "weights": weights,
+    "patterns": patterns,
+    "pickles": pickles,
+    "mindspore": mindspore,
+}
 
 
 def _commands(files: Files, place: Path) -> None:
@@ -109,6 +137,12 @@ def seeds(target: str) -> Iterator[bytes]:
             content = path.read_bytes()
             if len(content) < 1 << 16:
                 yield content
+    elif target == "mindspore":
+        for path in FIXTURES.glob("mindspore/*.ckpt"):
+            if path.stat().st_size < 1 << 14:
+                yield path.read_bytes()
+        chunks = [record("w", "Float16", (3, 5), bytes(range(begin, begin + 10))) for begin in (0, 10, 20)]
+        yield with_crc(record("v", "Int8", (2,), b"ab") + b"".join(chunks) + record("t", "str", (0,), b"t\0\0\0"))
     else:
         for path in FOLDER.glob(f"*/{CONFIG}"):
             rules = _rules(path)

@@ -1,0 +1,49 @@
+"""What the conversion engine asks of an output file, whatever its container: where data go before there are any, and what is not data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from .files import Readable
+from .safetensors_file import TensorTable
+
+
+class LaidOut(Protocol):
+    """An output file of any container, whose every byte but the data is known beforehand."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tensors(self) -> TensorTable: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What a reader of the finished file will find as its metadata."""
+        ...
+
+    @property
+    def shared(self) -> Sequence[tuple[str, ...]]:
+        """Tensors that lie in one place, so that their data must be equal."""
+        ...
+
+    def pieces(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        """Where ``length`` bytes from an offset of ``tensors`` lie in the file: (byte, length) of each piece."""
+        ...
+
+    def heads(self) -> Iterator[tuple[int, bytes]]:
+        """What is not data: (byte, content), written when all data are."""
+        ...
+
+    def growing(self, path: Path) -> Readable:
+        """What is written of it, by the offsets of ``tensors``."""
+        ...
+
+    def sealed(self, data: Readable) -> LaidOut:
+        """The same with what only the data say, such as a CRC. data: ``growing``'s, when all of them are written."""
+        ...
