@@ -16,13 +16,11 @@ quantized ones. ``disable_level`` is not applied: what it would choose is what r
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import fnmatch
 import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +32,11 @@ from torch.nn import functional
 from formats import Location, open_checkpoint
 from formats.errors import RefusedError, UsageError
 
-from .anti_outlier import AntiOutlier
-from .architectures import Architecture
-from .blocks import Blocks, Sample, States, inputs_of
+from .anti_outlier import AntiOutlier, check_anti_names
+from .blocks import Blocks, Inputs, States, advance
 from .calibration import calibration_data
-from .config import AntiOutlierConfig, QuantConfig
+from .choice import chosen_linears, linears_of
+from .config import QuantConfig
 from .devices import resolve
 from .evaluation import dtype_of
 from .fake import DigitSplitter, InputQuantizer
@@ -49,13 +47,12 @@ from .progress import LayerFigures, Report
 from .recipe import Recipe, load
 from .result import check_plot, draw_plot
 from .samples import tokenizer_of
-from .stage import FEATURE_SAMPLES
+from .stage import FEATURE_SAMPLES, forward, watching
 
 __all__ = ["RANKS", "Analysis", "analyze_model"]
 
 RANKS = ("output", "range", "weight")
 """What linears can be ranked by."""
-SUPPORTED = ("MinMax", "HQQ", "GPTQ")
 
 
 @dataclass(frozen=True)
@@ -150,8 +147,10 @@ class _Run:
     ) -> None:
         self.blocks, self.data, self.work_dir, self.progress = blocks, data, work_dir, progress
         self.device = resolve(device)
-        self.configs = _configs(blocks, recipe, recipe.quant_config(device))
+        self.configs = chosen_linears(blocks.model, recipe.quant_config(device), recipe.mix_cfg)
         self.smoothing = recipe.anti_outlier_config(device) if data else None
+        if self.smoothing is not None:
+            check_anti_names(self.smoothing, blocks.model)
         self.notes = list(_notes(recipe, bool(data)))
 
     def figures(self) -> Iterator[LayerFigures]:
@@ -161,10 +160,8 @@ class _Run:
             for index in range(len(self.blocks)):
                 with self.blocks.stage(index, device=self.device) as model:
                     if self.smoothing is not None:
-                        _smooth(model, self.blocks.architecture, index, self.smoothing, _inputs(before, self.data))
+                        self._smooth(model, index, before)
                     yield from self._layer(model, states)
-                if before is not states:
-                    self._advance(index, before)
                 self._tell(index + 1, of)
             yield from self._head(states)
             self._tell(of, of)
@@ -181,26 +178,32 @@ class _Run:
             made = [self.blocks.begin(self.data, path, self.device) for path in paths]
             yield made[0], made[-1]
 
-    def _advance(self, index: int, states: States) -> None:
-        with self.blocks.stage(index, device=self.device) as model:
-            for number, inputs in enumerate(_inputs(states, self.data)):
-                states[number] = model(**_there(inputs, self.device)).logits
+    def _smooth(self, model: nn.Module, index: int, states: States) -> None:
+        """Smooth decoder layer ``index``, the only one in ``model``, by what the float model gives it; its states are advanced."""
+
+        def made(number: int, output: Any) -> None:
+            states[number] = output.logits
+
+        AntiOutlier(
+            model, Inputs(states, self.data), self.smoothing, architecture=self.blocks.architecture, layer=index, made=made
+        ).process()
 
     def _layer(self, model: nn.Module, states: States) -> Iterator[LayerFigures]:
         """The linears of one decoder layer; the states are advanced."""
-        probes = {name: Probe(name, module, self.configs[name]) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        linears = linears_of(model)
+        probes = {name: Probe(name, module, self.configs.get(name)) for name, module in linears.items()}
         if self.data:
-            with _watching(probes, Probe.see_range):
-                for inputs in _inputs(states, self.data)[:FEATURE_SAMPLES]:
-                    model(**_there(inputs, self.device))
+            inputs = Inputs(states, self.data)
+            with watching(linears, lambda name, values: probes[name].see_range(values)):
+                for one in inputs[:FEATURE_SAMPLES]:
+                    forward(model, one)
             observed = [probe.starts_observing() for probe in probes.values()]
             if any(observed):
-                with _watching(probes, Probe.observe):
-                    for inputs in _inputs(states, self.data):
-                        model(**_there(inputs, self.device))
-            with _watching(probes, Probe.compare):
-                for number, inputs in enumerate(_inputs(states, self.data)):
-                    states[number] = model(**_there(inputs, self.device)).logits
+                with watching(linears, lambda name, values: probes[name].observe(values)):
+                    for one in inputs:
+                        forward(model, one)
+            with watching(linears, lambda name, values: probes[name].compare(values)):
+                advance(model, states, self.data)
         yield from (probe.figures() for probe in probes.values())
 
     def _head(self, states: States) -> Iterator[LayerFigures]:
@@ -208,7 +211,7 @@ class _Run:
         names = self.blocks.architecture
         with self.blocks.stage(head=True, device=self.device) as model:
             norm, head = model.get_submodule(names.final_norm), model.get_submodule(names.head)
-            probe = Probe(names.head, head, self.configs[names.head])
+            probe = Probe(names.head, head, self.configs.get(names.head))
             if self.data:
                 for hidden in itertools.islice(states, FEATURE_SAMPLES):
                     probe.see_range(norm(hidden.to(self.device)))
@@ -278,55 +281,9 @@ class Probe:
         return LayerFigures(self.name, kind, self.weight_error, None if self.range.high is None else self.range.range_parm(), output)
 
 
-@contextlib.contextmanager
-def _watching(probes: Mapping[str, Probe], see: Callable[[Probe, Tensor], None]) -> Iterator[None]:
-    """While this lasts, each linear's probe sees its inputs."""
-
-    def hook(probe: Probe) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: see(probe, args[0])
-
-    hooks = [probe.linear.register_forward_pre_hook(hook(probe)) for probe in probes.values()]
-    try:
-        yield
-    finally:
-        for one in hooks:
-            one.remove()
-
-
-def _inputs(states: Sequence[Tensor], data: Sequence[Sample]) -> list[dict[str, Tensor]]:
-    return [inputs_of(hidden, sample) for hidden, sample in zip(states, data, strict=False)]
-
-
-def _there(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-def _configs(blocks: Blocks, recipe: Recipe, main: QuantConfig) -> dict[str, QuantConfig | None]:
-    """How ``Calibrator`` quantizes each linear by the recipe; None: not at all."""
-    if main.w_method not in SUPPORTED or main.model_quant_type.startswith("W4A4"):
-        raise UsageError(f"recipe {recipe.name}: w_method {main.w_method} ({main.model_quant_type}) is not supported")
-    left = {*(main.disable_names or ()), *(list(blocks.linears)[-1:] if main.disable_last_linear else ())}
-    if unknown := left - set(blocks.linears):
-        raise UsageError(f"disable_names: {min(unknown)!r} is no linear of this model; its first is {next(iter(blocks.linears))!r}")
-    found: dict[str, QuantConfig | None] = {}
-    for name in blocks.linears:
-        kind = recipe.mix_cfg.get(name) or next((kind for rule, kind in recipe.mix_cfg.items() if fnmatch.fnmatchcase(name, rule)), None)
-        config = main if kind is None else main.for_layer(kind)
-        found[name] = None if name in left or config.model_quant_type == "FLOAT" else config
-    return found
-
-
 def _notes(recipe: Recipe, data: bool) -> Iterator[str]:
     config = recipe.quant_config()
     if recipe.anti_outlier is not None and not data:
         yield "the recipe smooths, which needs calibration data: these are the errors of the weights as they are"
     if config.w_method == "GPTQ":
         yield "weights are rounded to nearest here, not by GPTQ"
-
-
-def _smooth(model: nn.Module, architecture: Architecture, index: int, config: AntiOutlierConfig, inputs: list[dict[str, Tensor]]) -> None:
-    """Smooth decoder layer ``index``, the only one that ``model`` has, by what the float model gives it."""
-    there = set(dict(model.named_modules()))
-    own = [name for name in config.disable_anti_names or () if name in there]
-    chosen = dataclasses.replace(config, disable_anti_names=own)
-    AntiOutlier(model, inputs, chosen, architecture=architecture, layer=index).process()

@@ -41,9 +41,9 @@ from .smoothing import (
     power_scale,
     widest_of_group,
 )
-from .stage import forward
+from .stage import forward, watching
 
-__all__ = ["AntiOutlier"]
+__all__ = ["AntiOutlier", "check_anti_names"]
 
 Sample = Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -80,8 +80,9 @@ class AntiOutlier:
         """``calib_data``: samples, each ``[input_ids]`` or ``[input_ids, attention_mask]`` (``[1, tokens]``), or keyword arguments.
 
         ``norm_class_name``, as msModelSlim has it, is the class of the norms (any case). ``architecture`` is for models that no table
-        knows; ``progress`` is told each source's name as its turn comes; ``layer``: only this decoder layer is in the model (``blocks``);
-        ``made`` is given what the float model makes of each sample.
+        knows; ``progress`` is told each source's name as its turn comes; ``layer``: only this decoder layer is in the model (``blocks``),
+        and names in ``disable_anti_names`` are the whole model's (``check_anti_names``); ``made`` is given what the float model makes of
+        each sample.
 
         :raises UsageError: no calibration data, an unknown architecture, norm class or name in ``disable_anti_names``
         """
@@ -90,7 +91,8 @@ class AntiOutlier:
         self.architecture = architecture_of(getattr(model, "config", None)) if architecture is None else architecture
         self._modules = dict(model.named_modules())
         self._progress, self._layer, self._made = progress, layer, made
-        self._check_names()
+        if layer is None:
+            check_anti_names(self.cfg, model)
         self._check_norm_class(norm_class_name)
         self.wrapped_norms = () if self.cfg.anti_method == "m6" else norms_of(model, norm_class_name)
         self.model = model.to(resolve(self.cfg.dev_type, self.cfg.dev_id))
@@ -134,11 +136,6 @@ class AntiOutlier:
             raise UsageError(f"{self.architecture.layers}: is no list of layers in this model, as its architecture says it is")
         return len(layers)
 
-    def _check_names(self) -> None:
-        for name in self.cfg.disable_anti_names or ():
-            if not isinstance(self._modules.get(name), (nn.Linear, nn.Conv2d)):
-                raise UsageError(f"disable_anti_names: {name!r} is no linear of this model; give whole names, as in named_modules()")
-
     def _check_norm_class(self, wanted: str | None) -> None:
         if wanted is not None and not isinstance(wanted, str):
             raise UsageError(f"norm_class_name: {wanted!r} is not the name of a class")
@@ -153,22 +150,15 @@ class AntiOutlier:
         keep = self.cfg.anti_method == "m6" and (flex.get("alpha") is None or flex.get("beta") is None)
         found: dict[str, ActivationStatistics] = {}
 
-        def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                found[name] = ActivationStatistics.of(inputs[0], found.get(name), keep=keep)
-
-            return see
+        def see(name: str, values: Tensor) -> None:
+            found[name] = ActivationStatistics.of(values, found.get(name), keep=keep)
 
         self.model.eval()
-        hooks = [self._linear(name).register_forward_pre_hook(watch(name)) for name in names]
-        try:
+        with watching({name: self._linear(name) for name in names}, see):
             for index, sample in enumerate(self.calib_data):
                 output = self._run(sample)
                 if self._made is not None:
                     self._made(index, output)
-        finally:
-            for hook in hooks:
-                hook.remove()
         for name in sorted(names):
             if name not in found:
                 raise UsageError(f"{name}: saw no token in calibration, and its input's range is needed: give data that reaches it")
@@ -309,6 +299,14 @@ class AntiOutlier:
             )
         head_dim: int = target.in_features // counts[-1]
         return head_dim
+
+
+def check_anti_names(config: AntiOutlierConfig, model: nn.Module) -> None:
+    """UsageError for a name in ``disable_anti_names`` that is no linear of the whole ``model``, which may be a shell."""
+    modules = dict(model.named_modules())
+    for name in config.disable_anti_names or ():
+        if not isinstance(modules.get(name), (nn.Linear, nn.Conv2d)):
+            raise UsageError(f"disable_anti_names: {name!r} is no linear of this model; give whole names, as in named_modules()")
 
 
 def value_rows(rows: Rows, out_features: int, in_features: int, head_dim: int) -> Tensor:

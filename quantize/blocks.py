@@ -33,14 +33,18 @@ from formats.ir import dequantize, read
 
 from .architectures import Architecture, architecture_of
 from .devices import HOST
+from .stage import forward
 
-__all__ = ["Blocks", "Sample", "States", "Weights", "to_torch"]
+__all__ = ["Blocks", "Inputs", "Sample", "Shell", "States", "Weights", "advance", "shell", "to_torch"]
 
 FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 """safetensors' names of the dtypes of float weights."""
 
 Sample = Sequence[Tensor]
 """[input_ids] or [input_ids, attention_mask], each [1, tokens]."""
+
+Shell = tuple[nn.Module, torch.dtype]
+"""A model whose parameters are on the meta device, and what its config says their dtype is."""
 
 TILE = 1 << 22
 """Weights that are dequantized at a time."""
@@ -200,15 +204,17 @@ class Blocks:
         self._use_cache = getattr(self.config, "use_cache", None)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str] | Checkpoint, dtype: torch.dtype | None = None) -> Blocks:
+    def open(cls, folder: str | os.PathLike[str] | Checkpoint, dtype: torch.dtype | None = None, made: Shell | None = None) -> Blocks:
         """The decoder of a folder of any format of ours; ``dtype``: to compute in, the model's own by default.
+
+        made    the folder's shell, if there is one already
 
         :raises UnreadableError: transformers has no code for the model, or there is no config.json, not at the checkpoint's base either
         :raises RefusedError: parts of the folder are not read yet, or change what the model computes as no weight can
         """
         checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(Path(folder))
         _check_whole(checkpoint)
-        model, own = shell(checkpoint)
+        model, own = shell(checkpoint) if made is None else made
         return cls(model, None, Weights(checkpoint, own if dtype is None else dtype))
 
     @property
@@ -260,11 +266,15 @@ class Blocks:
         """The hidden states that the first layer gets."""
         lengths = [int(sample[0].shape[1]) for sample in samples]
         states = States(lengths, int(self.config.hidden_size), self.dtype, path)
-        with torch.no_grad(), self.stage(embeddings=True, device=device) as model:
-            place = _device_of(model)
-            for index, sample in enumerate(samples):
-                states[index] = model(input_ids=sample[0].to(place)).logits
+        for index, hidden in enumerate(self.embedded(samples, device)):
+            states[index] = hidden
         return states
+
+    def embedded(self, samples: Sequence[Sample], device: torch.device | None = None) -> Iterator[Tensor]:
+        """[1, tokens, hidden] of every sample: what the first layer gets."""
+        with torch.no_grad(), self.stage(embeddings=True, device=device) as model:
+            for sample in samples:
+                yield forward(model, {"input_ids": sample[0]}).logits
 
     def logits(self, states: States, device: torch.device | None = None) -> Iterator[Tensor]:
         """[tokens, vocabulary] of every sample, from what the last layer made, in the model's dtype."""
@@ -292,13 +302,30 @@ class Blocks:
         return self.weights.fill(copy.deepcopy(module), path)
 
 
-def inputs_of(hidden: Tensor, sample: Sample) -> dict[str, Tensor]:
-    """What a stage's model is called with to run its layer on ``hidden``."""
-    return {"inputs_embeds": hidden} | ({"attention_mask": sample[1]} if len(sample) == 2 else {})
+class Inputs(Sequence[dict[str, Tensor]]):
+    """What a stage's model is called with to run its layer on ``states``, made when it is asked for: they may be more than memory holds."""
+
+    def __init__(self, states: Sequence[Tensor], samples: Sequence[Sample]) -> None:
+        self._states, self._samples = states, samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        sample = self._samples[index]
+        return {"inputs_embeds": self._states[index]} | ({"attention_mask": sample[1]} if len(sample) == 2 else {})
 
 
-def shell(checkpoint: Checkpoint) -> tuple[nn.Module, torch.dtype]:
-    """(the model that a folder's config.json describes, its parameters on the meta device; the dtype that the config says)."""
+def advance(model: nn.Module, states: States, samples: Sequence[Sample]) -> None:
+    """Replace every sample's hidden states by what a stage's model makes of them."""
+    for index, inputs in enumerate(Inputs(states, samples)):
+        states[index] = forward(model, inputs).logits
+
+
+def shell(checkpoint: Checkpoint) -> Shell:
+    """The model that a folder's config.json describes, without weights."""
     import transformers
     from accelerate import init_empty_weights
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from formats.errors import UnreadableError, UsageError
 
-__all__ = ["BOOLQ", "TEMPLATES", "calibration_data", "prompt", "read_objects"]
+__all__ = ["BOOLQ", "TEMPLATES", "calibration_data", "key_of", "prompt", "read_objects", "repeats"]
 
 BOOLQ = "{title} -- {passage}\nQuestion:{question}?\nAnswer:"
 """The prompt of msModelSlim's tuning guide, to the letter."""
@@ -74,7 +74,7 @@ def calibration_data(
     repeated: list[tuple[str, str]] = []
     for place, item in itertools.islice(items, samples):
         sample = _sample(item, f"{where}{place}", tokenizer, length, template)
-        first = seen.setdefault(tuple(sample[0].flatten().tolist()), place)
+        first = seen.setdefault(key_of(sample[0]), place)
         if first != place:
             repeated.append((place, first))
         found.append(sample if device is None else [tensor.to(device) for tensor in sample])
@@ -88,8 +88,13 @@ def calibration_data(
 
 def repeats(samples: Iterable[Sequence[Tensor]]) -> int:
     """How many samples repeat an earlier one."""
-    keys = [tuple(sample[0].flatten().tolist()) for sample in samples]
+    keys = [key_of(sample[0]) for sample in samples]
     return len(keys) - len(set(keys))
+
+
+def key_of(ids: Tensor) -> tuple[int, ...]:
+    """What two samples of the same tokens have in common; ``ids`` is [1, tokens]."""
+    return tuple(ids.flatten().tolist())
 
 
 def prompt(item: Mapping[str, Any], template: str | None = None, where: str = "sample") -> str:

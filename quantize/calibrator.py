@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +32,8 @@ from formats.errors import UsageError
 
 from .attention import AttentionObserver
 from .blocks import Blocks
+from .calibration import key_of
+from .choice import check_supported, config_of, linears_of, named_float, wild_names
 from .config import MIX_TYPES, QuantConfig
 from .devices import resolve
 from .layers import STATIC_TYPES, QuantizedLayer, check_linear
@@ -78,7 +79,7 @@ class Calibrator:
             raise UsageError(f"cfg: {type(cfg).__name__} is not a QuantConfig")
         if not isinstance(disable_level, str) or not re.fullmatch(r"L(0|[1-9]\d*)", disable_level):
             raise UsageError(f"disable_level: {disable_level!r} is not L0, L1, L2 and so on")
-        _check_supported(cfg)
+        check_supported(cfg)
         self.model, self.cfg = model, cfg
         self.calib_data = _checked_samples([] if calib_data is None else calib_data)
         self.level = int(disable_level[1:])
@@ -89,12 +90,12 @@ class Calibrator:
         self.kv_cache: dict[str, Tensor] = {}
         self.attention: dict[str, Tensor] = {}
         self.range_parm: dict[str, float] = {}
-        self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        self._disabled = self._named_float()
+        self._linears = linears_of(model)
+        self._disabled = named_float(model, cfg)
         if not self.calib_data:
             self._check_data_free()
         for name, linear in self._linears.items():
-            if name not in self._disabled and (config := self._config_of(name)) is not None:
+            if name not in self._disabled and (config := config_of(name, self.cfg, self.mix_cfg)) is not None:
                 check_linear(name, linear, config)
 
     def run(self, int_infer: bool = False, progress: Progress | None = None) -> None:
@@ -124,7 +125,8 @@ class Calibrator:
         self.range_parm = stage.range_parm
         floats = self._disabled | (set() if self.cfg.is_lowbit else wild_names(self.range_parm, self._disabled, self.level))
         cache = stage.observe_cache(self.calib_data, self.cfg.kv_sym) if self.cfg.use_kvcache_quant else None
-        configs = {name: config for name in self._linears if name not in floats and (config := self._config_of(name)) is not None}
+        wanted = (name for name in self._linears if name not in floats)
+        configs = {name: config for name in wanted if (config := config_of(name, self.cfg, self.mix_cfg)) is not None}
         level = self.level if self.cfg.is_lowbit else 0
         stage.round(rounded_to_nearest(self._linears, configs), configs, bool(self.calib_data), progress, keep_floats=bool(level))
         attention = AttentionObserver(self.model, self.cfg.disable_names or []) if self.cfg.use_fa_quant else None
@@ -143,9 +145,7 @@ class Calibrator:
         """GPTQ: every decoder layer on what the rounded ones before it make."""
         from .layerwise import Job, LayerRun
 
-        run = LayerRun(
-            Blocks(self.model), Job(self.cfg, self.mix_cfg, None, self.level), _listed(self.calib_data), frozenset(self._disabled)
-        )
+        run = LayerRun(Blocks(self.model), Job(self.cfg, self.mix_cfg, None, self.level), _listed(self.calib_data))
         floats = frozenset(run.wildest(progress)) if self.level else frozenset()
         run.begin()
         total = len(run.to_quantize(floats))
@@ -184,25 +184,6 @@ class Calibrator:
 
         return save(self, output_path, safetensors_name, json_name, save_type, part_file_size)
 
-    def _named_float(self) -> set[str]:
-        """``disable_names``, and the last linear if the config says so."""
-        if not self._linears:
-            raise UsageError("model: it has no nn.Linear to quantize")
-        modules = dict(self.model.named_modules())
-        for name in self.cfg.disable_names or []:
-            attention = self.cfg.use_fa_quant and type(modules.get(name)).__name__.endswith("Attention")
-            if name not in modules or not (isinstance(modules[name], (nn.Linear, nn.Conv2d)) or attention):
-                raise UsageError(f"disable_names: {name!r} is no linear of this model; its first is {next(iter(self._linears))!r}")
-        disabled = set(self.cfg.disable_names or [])
-        if self.cfg.disable_last_linear:
-            disabled.add(list(self._linears)[-1])
-        return disabled
-
-    def _config_of(self, name: str) -> QuantConfig | None:
-        """The config of linear ``name``; None for a float one."""
-        config = self.cfg.of_linear(name, self.mix_cfg)
-        return None if config.model_quant_type == "FLOAT" else config
-
     def _check_data_free(self) -> None:
         kind, method = self.cfg.model_quant_type, self.cfg.w_method
         if kind not in DATA_FREE_TYPES or self.cfg.use_kvcache_quant or self.cfg.use_fa_quant:
@@ -211,33 +192,9 @@ class Calibrator:
         if method == "GPTQ":
             raise UsageError("calib_data: it is empty, and GPTQ needs samples")
         for name in self._linears:
-            config = None if name in self._disabled else self._config_of(name)
+            config = None if name in self._disabled else config_of(name, self.cfg, self.mix_cfg)
             if config is not None and config.model_quant_type in STATIC_TYPES:
                 raise UsageError(f"{name}: {config.model_quant_type} needs samples, and calib_data is empty")
-
-
-def wild_names(range_parm: Mapping[str, float], disabled: Collection[str], level: int) -> set[str]:
-    """The ``level`` linears of largest range_parm that are not float already."""
-    ranked = sorted(range_parm, key=range_parm.__getitem__, reverse=True)
-    wild = [name for name in ranked if name not in disabled][:level]
-    if level:
-        logger.info("Automatically disabled layer names are: %s", ", ".join(sorted(wild)))
-    return set(wild)
-
-
-def _check_supported(cfg: QuantConfig) -> None:
-    """Refuse what msModelSlim has and this package does not, or not yet."""
-    missing = {
-        "w_method='NF' (its files cannot be dequantized)": cfg.w_method == "NF",
-        "W4A4 (FlatQuant trains)": cfg.model_quant_type == "W4A4_FLATQUANT_DYNAMIC",
-        "timestep_quant": cfg.use_timestep_quant,
-        "simulate_tp": cfg.tp_size is not None,
-        "fa_amp": cfg.fa_amp > 0,
-        "nonuniform": cfg.nonuniform,
-        "do_smooth": cfg.do_smooth,
-    }
-    if asked := [name for name, wanted in missing.items() if wanted]:
-        raise UsageError(f"cfg: {asked[0]} is not supported")
 
 
 def _checked_samples(samples: list[Any]) -> list[Any]:
@@ -250,7 +207,7 @@ def _checked_samples(samples: list[Any]) -> list[Any]:
             raise UsageError(f"calib_data[{index}]: a sample is a list or a dict of the model's inputs, not {sample!r:.80}")
         first = next(iter(sample.values())) if isinstance(sample, dict) else sample[0]
         if isinstance(first, Tensor):
-            key = (tuple(first.shape), tuple(first.flatten().tolist()))
+            key = (tuple(first.shape), *key_of(first))
             repeated += key in seen
             seen.add(key)
     if repeated:

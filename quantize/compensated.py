@@ -26,7 +26,7 @@ from .config import QuantConfig
 from .gptq import Hessian, round_gptq
 from .layers import QuantizedLayer, rounded_layer
 from .methods import Awq, Gptq
-from .stage import MORE_SAMPLES, UNREACHED, forward
+from .stage import MORE_SAMPLES, UNREACHED, forward, watching
 
 __all__ = ["awq_rounded", "awq_scaled", "gptq_rounded", "groups_by_input"]
 
@@ -79,7 +79,10 @@ def gptq_rounded(
             config, weight, hessian = configs[name], linears[name].weight.detach(), hessians.pop(name)
             if hessian.saw_no_token:
                 raise UnreadableError(f"{name}: {UNREACHED}, and GPTQ needs its inputs; {MORE_SAMPLES}")
-            rounded = round_gptq(name, weight, hessian, config.w_bit, config.w_sym, group_size_of(config), settings, scale_dtype_of(weight))
+            last = all(other is not hessian for other in hessians.values())
+            rounded = round_gptq(
+                name, weight, hessian, config.w_bit, config.w_sym, group_size_of(config), settings, scale_dtype_of(weight), last
+            )
             yield rounded_layer(name, linears[name], config, weight, rounded)
 
 
@@ -118,19 +121,14 @@ def awq_scaled(
         if not all(name in configs for name in subgraph.targets) or not _is_alone(model, subgraph):
             continue
         config, name = configs[subgraph.targets[0]], subgraph.targets[0]
-        inputs = _inputs_of(model, {name: model.get_submodule(name)}, samples)[name]
-        if not inputs:
-            raise UnreadableError(f"{name}: {UNREACHED}, and AWQ needs its inputs; {MORE_SAMPLES}")
-        total = sum(values.abs().float().flatten(0, -2).sum(0) for values in inputs)
-        x_mean = total / sum(values.flatten(0, -2).shape[0] for values in inputs)
-        del inputs
+        x_mean = _mean_magnitude(model, name, samples)
         run = _replayed(model, _parent(subgraph), samples)
         search = search_scale(
             name,
             targets,
             x_mean,
             run,
-            _fake(config, targets[0].weight),
+            _fake(name, config, targets[0].weight),
             group_size_of(config),
             settings.grid,
             settings.duo_scaling,
@@ -168,9 +166,29 @@ def awq_rounded(
         yield rounded_layer(name, linears[name], config, weight, rounded)
 
 
-def _fake(config: QuantConfig, weight: Tensor) -> Callable[[Tensor], Tensor]:
+def _fake(name: str, config: QuantConfig, weight: Tensor) -> Callable[[Tensor], Tensor]:
     dtype = scale_dtype_of(weight)
-    return lambda values: round_awq("", values, config.w_bit, config.w_sym, group_size_of(config), dtype).fake
+    return lambda values: round_awq(name, values, config.w_bit, config.w_sym, group_size_of(config), dtype).fake
+
+
+def _mean_magnitude(model: nn.Module, name: str, samples: Sequence[Any]) -> Tensor:
+    """[in] float32: the mean of what module ``name`` gets, without signs, over all tokens of all samples.
+
+    :raises UnreadableError: no sample reaches it
+    """
+    total: Any = 0
+    tokens = 0
+
+    def see(name: str, values: Tensor) -> None:
+        nonlocal total, tokens
+        rows = values.flatten(0, -2)
+        total, tokens = total + rows.abs().float().sum(0), tokens + rows.shape[0]
+
+    _watch(model, {name: model.get_submodule(name)}, samples, see)
+    if not tokens:
+        raise UnreadableError(f"{name}: {UNREACHED}, and AWQ needs its inputs; {MORE_SAMPLES}")
+    mean: Tensor = total / tokens
+    return mean
 
 
 def _is_alone(model: nn.Module, subgraph: Subgraph) -> bool:
@@ -195,7 +213,7 @@ def _replayed(model: nn.Module, name: str, samples: Sequence[Any]) -> Callable[[
         calls.append((args, kwargs))
         raise _Enough
 
-    with _hooks([module.register_forward_pre_hook(keep, with_kwargs=True)]):
+    with module.register_forward_pre_hook(keep, with_kwargs=True):
         for sample in samples:
             with contextlib.suppress(_Enough):
                 forward(model, sample)
@@ -223,34 +241,17 @@ def _watch(model: nn.Module, modules: Mapping[str, nn.Module], samples: Iterable
     """Run the model on every sample, as far as ``modules`` go; ``see`` is given the name and the input of each."""
     waited: set[str] = set()
 
-    def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            see(name, args[0])
-            waited.discard(name)
-            if not waited:
-                raise _Enough
+    def seen(name: str, values: Tensor) -> None:
+        see(name, values)
+        waited.discard(name)
+        if not waited:
+            raise _Enough
 
-        return watch
-
-    with _hooks(module.register_forward_pre_hook(watcher(name)) for name, module in modules.items()):
+    with watching(modules, seen):
         for sample in samples:
             waited.update(modules)
             with contextlib.suppress(_Enough):
                 forward(model, sample)
-
-
-class _hooks:  # noqa: N801 - it reads as a function
-    """While this lasts, the hooks are there."""
-
-    def __init__(self, handles: Iterable[Any]) -> None:
-        self._handles = list(handles)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 def _leaf(name: str) -> str:

@@ -71,6 +71,7 @@ class PrecisionTest:
     samples            only the first so many questions
     length             of a longer prompt, only the last so many tokens; None: what the tokenizer leaves of it
     score              "token": the likelier of two tokens. "generate": what a few generated tokens begin with; else is wrong
+    template           what is asked, with keys of the data's objects in braces
 
     :raises UsageError: no such data set, or its file is not there; the message says where to get it
     """
@@ -87,6 +88,7 @@ class PrecisionTest:
         samples: int | None = None,
         length: int | None = None,
         score: str = "token",
+        template: str = PROMPT,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("length", length), ("samples", samples)):
             if value is None and name != "batch_size":
@@ -100,7 +102,7 @@ class PrecisionTest:
         self.samples, self.length, self.score = samples, length, score
         self.device = resolve(device)
         self.choices = _choices(tokenizer)
-        self.template = PROMPT
+        self.template = template
 
     def test(self) -> Accuracy:
         """Ask everything. Raises UnreadableError for a line that is no question, UsageError if there is none."""
@@ -116,15 +118,15 @@ class PrecisionTest:
         if not getattr(self.model, "hf_device_map", None):
             self.model.to(self.device)
         self.model.eval()
-        for batch in _batches(itertools.islice(self._questions(), self.samples), self.batch_size):
+        for batch in _batches(self.questions(), self.batch_size):
             ids, mask = self._padded([ids for ids, _ in batch])
             with torch.no_grad():
                 said = self._likelier(ids, mask) if self.score == "token" else self._generated(ids, mask)
             yield from ((found, wanted) for found, (_, wanted) in zip(said, batch, strict=True))
 
-    def _questions(self) -> Iterator[tuple[list[int], bool]]:
-        """(prompt's ids, answer) of each line."""
-        for place, item in read_objects(self.path):
+    def questions(self) -> Iterator[tuple[list[int], bool]]:
+        """(prompt's ids, answer) of each line. Raises UnreadableError as ``test`` does."""
+        for place, item in itertools.islice(read_objects(self.path), self.samples):
             where = f"{self.path.name}{place}"
             if not isinstance(item, dict) or not isinstance(item.get("answer"), bool):
                 raise UnreadableError(f"{where}: is no question: wanted an object with title, passage, question and answer (true or false)")

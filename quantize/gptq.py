@@ -54,6 +54,8 @@ __all__ = ["Hessian", "checked_width", "round_gptq"]
 BITS = range(2, 9)
 PANEL = 1024
 """Columns of the Hessian that one product adds to: below the diagonal it computes at most this many of them for nothing."""
+TURN = 1 << 20
+"""Numbers that are turned around at once."""
 SHRINKS, STEPS = 80, 100
 """The search of ``mse``: ranges of (STEPS - i) / STEPS, for i below SHRINKS."""
 
@@ -65,18 +67,16 @@ class Hessian:
     damping     the part of the diagonal's mean that the last rounding added to it: more than ``percdamp`` where that was too little
 
     A factor of it, of the same size, is kept until tokens are added or another order is asked for, so that linears that share their
-    input and settings, rounded one after another, share that work too.
+    input and settings, rounded one after another, share that work too. No third matrix of that size is ever there.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = HOST) -> None:
+        self.in_features = in_features
         self.tokens = 0
         self.damping = 0.0
+        self._diagonal: Tensor | None = None  # once nothing else is needed
         self._upper = torch.zeros(in_features, in_features, device=device)  # and, below the diagonal, whatever is in a panel
         self._kept: tuple[float, Tensor | None, Tensor] | None = None
-
-    @property
-    def in_features(self) -> int:
-        return self._upper.shape[0]
 
     @property
     def saw_no_token(self) -> bool:
@@ -86,7 +86,7 @@ class Hessian:
     @property
     def diagonal(self) -> Tensor:
         """[in]: the mean of ``2 x^2``; 0 for a dead input."""
-        return self._upper.diagonal()
+        return self._upper.diagonal() if self._diagonal is None else self._diagonal
 
     @property
     def matrix(self) -> Tensor:
@@ -140,10 +140,11 @@ class Hessian:
             )
         return self
 
-    def factor(self, name: str, percdamp: float, order: Tensor | None = None) -> Tensor:
+    def factor(self, name: str, percdamp: float, order: Tensor | None = None, last: bool = False) -> Tensor:
         """``R`` [in, in], upper triangular, with ``R R^T`` the damped Hessian, its inputs in ``order``. Kept, so not to be changed.
 
-        A Hessian that is not positive definite gets twice the damping, and again, up to all of the diagonal's mean.
+        A Hessian that is not positive definite gets twice the damping, and again, up to all of the diagonal's mean. ``last``: nothing is
+        asked of this object afterwards but its ``diagonal``.
 
         :raises UsageError, UnreadableError: as ``checked``
         :raises UnreadableError: no damping made it positive definite
@@ -155,6 +156,7 @@ class Hessian:
         # The lower factor of the inputs taken backwards is R, turned around.
         matrix = _solvable(self.checked(name)._taken(backwards))
         diagonal = matrix.diagonal().clone()
+        factored = torch.empty((), dtype=torch.int32, device=matrix.device)
         dead = diagonal == 0
         mean = diagonal.sum() / (~dead).sum().clamp(min=1)
         mean = torch.where(mean > 0, mean, torch.ones_like(mean))
@@ -162,8 +164,8 @@ class Hessian:
         damping = percdamp
         while True:
             matrix.diagonal().copy_(diagonal + damping * mean)
-            lower, failed = torch.linalg.cholesky_ex(matrix)
-            if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
+            torch.linalg.cholesky_ex(matrix.T, upper=True, out=(matrix.T, factored))  # LAPACK counts by columns: in place, the lower one
+            if not int(factored) and bool(torch.isfinite(matrix.diagonal()).all()):
                 break
             if damping >= 1:
                 raise UnreadableError(
@@ -171,16 +173,31 @@ class Hessian:
                     " check the calibration data, or leave the layer out"
                 )
             damping = min(max(2 * damping, 0.01), 1.0)
+            del matrix
+            matrix = _solvable(self._taken(backwards))
         self.damping = damping
-        del matrix
-        factor = lower.flip(0, 1).to(self._upper.device)
+        _turn(matrix)
+        factor = matrix.to(self._upper.device)
         self._kept = (percdamp, order, factor)
+        if last:
+            self._diagonal, self._upper = self._upper.diagonal().clone(), self._upper.new_empty(0)
         return factor
 
 
 def _solvable(matrix: Tensor) -> Tensor:
     """``matrix`` where it can be factored: on the CPU, for devices whose PyTorch has none of LAPACK, such as an NPU."""
     return matrix if matrix.device.type in COMPLETE else matrix.cpu()
+
+
+def _turn(matrix: Tensor) -> None:
+    """Reverse the rows and the columns of ``matrix``, in place."""
+    values = matrix.view(-1)
+    size, half = values.numel(), values.numel() // 2
+    for start in range(0, half, TURN):
+        stop = min(start + TURN, half)
+        front = values[start:stop].flip(0)
+        values[start:stop] = values[size - stop : size - start].flip(0)
+        values[size - stop : size - start] = front
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
@@ -250,12 +267,14 @@ def round_gptq(
     group_size: int,
     settings: Gptq | None = None,
     scale_dtype: torch.dtype = torch.float16,
+    last: bool = False,
 ) -> RoundedWeight:
     """``weight`` [out, in] of the layer ``name``, rounded to minimize the error of its output for the inputs that ``hessian`` saw.
 
-    Nothing given changes, but the Hessian keeps a factor. The result is on the weight's device: codes [out, in] int8; scale and offset
-    [out, groups] (``group_size`` -1: [out, 1]) of ``scale_dtype``; ``fake``, the law ``(codes - offset) * scale`` in float32, as the
-    weight's dtype holds it; ``g_idx`` [in] int32 for act order over groups that are not static, else None.
+    Nothing given changes, but the Hessian keeps a factor, and nothing else if this is the ``last`` linear that needs it. The result is on
+    the weight's device: codes [out, in] int8; scale and offset [out, groups] (``group_size`` -1: [out, 1]) of ``scale_dtype``; ``fake``,
+    the law ``(codes - offset) * scale`` in float32, as the weight's dtype holds it; ``g_idx`` [in] int32 for act order over groups that
+    are not static, else None.
 
     :raises UsageError: bits beyond 2 to 8, groups that do not divide in, a Hessian of other inputs or of no token
     :raises UnreadableError: the weight or the inputs hold NaN or an infinity, or the Hessian cannot be factored
@@ -268,7 +287,7 @@ def round_gptq(
             f"{name}: the Hessian is of {hessian.in_features} inputs, and the weight has {weight.shape[1]}; give the layer its own"
         )
     order = _order(hessian.checked(name).diagonal, width, settings)
-    factor = hessian.factor(name, settings.percdamp, order).to(weight.device)
+    factor = hessian.factor(name, settings.percdamp, order, last).to(weight.device)
     grid = _Grid(bits, symmetric, scale_dtype, settings.mse)
 
     values = weight.detach().float() * (hessian.diagonal != 0).to(weight.device)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,15 +26,16 @@ from torch import Tensor, nn
 
 from formats.errors import UnreadableError, UsageError
 
-from .anti_outlier import WRAPPED_NORMS, AntiOutlier, norms_of
+from .anti_outlier import WRAPPED_NORMS, AntiOutlier, check_anti_names, norms_of
 from .attention import AttentionObserver
-from .blocks import Blocks, Sample, States, inputs_of
-from .calibrator import wild_names
+from .blocks import Blocks, Inputs, Sample, States
+from .choice import config_of, linears_of, named_float, wild_names
 from .compensated import awq_rounded, awq_scaled, gptq_rounded
 from .config import AntiOutlierConfig, QuantConfig
 from .devices import resolve
 from .layers import STATIC_TYPES, QuantizedLayer, check_linear
 from .methods import Awq, Gptq
+from .recipe import Recipe
 from .stage import FEATURE_SAMPLES, Progress, Stage, rounded_to_nearest
 
 __all__ = ["Job", "LayerRun", "MadeLayer", "whole_model_only"]
@@ -59,6 +60,13 @@ class Job:
     gptq: Gptq | None = None
     awq: Awq | None = None
 
+    @classmethod
+    def of(cls, recipe: Recipe, device: str) -> Job:
+        """What a recipe says, on ``device``."""
+        level = int(recipe.disable_level.removeprefix("L"))
+        config, smooth = recipe.quant_config(device), recipe.anti_outlier_config(device)
+        return cls(config, recipe.mix_cfg, smooth, level, recipe.gptq_settings(), recipe.awq_settings())
+
     @property
     def is_searched(self) -> bool:
         """Whether weights are rounded by what their inputs are."""
@@ -66,8 +74,7 @@ class Job:
 
     def config_of(self, name: str) -> QuantConfig | None:
         """The config of linear ``name``; None for a float one."""
-        config = self.config.of_linear(name, self.mix_cfg)
-        return None if config.model_quant_type == "FLOAT" else config
+        return config_of(name, self.config, self.mix_cfg)
 
 
 def whole_model_only(job: Job) -> str | None:
@@ -100,21 +107,6 @@ class MadeLayer:
     smoothed: tuple[str, ...] = ()
 
 
-class _Inputs(Sequence[dict[str, Tensor]]):
-    """What a stage is called with, made when it is asked for: hidden states may be more than memory holds."""
-
-    def __init__(self, states: States, samples: Sequence[Sample]) -> None:
-        self._states, self._samples = states, samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
-        return inputs_of(self._states[index], self._samples[index])
-
-
 class _Stream:
     """Hidden states on their way through the layers: ``inputs`` of the layer at hand, and what is made of them.
 
@@ -136,12 +128,15 @@ class _Stream:
         lengths = [int(sample[0].shape[1]) for sample in self.samples]
         return States(lengths, int(self._blocks.config.hidden_size), self._blocks.dtype, path)
 
-    def begin(self, states: States) -> None:
-        """Take what the embeddings made."""
+    def begin(self) -> None:
+        """Stand before the first layer, with what ``embed`` is given."""
         self._now = self._open(0)
-        for index in range(len(self.samples)):
-            self._now[index] = states[index]
-        self._now.sync()
+
+    def embed(self, index: int, hidden: Tensor) -> None:
+        """The embeddings made ``hidden`` of sample ``index``."""
+        assert self._now is not None
+        if index < len(self.samples):
+            self._now[index] = hidden
 
     def at(self, index: int) -> None:
         """Stand before layer ``index``."""
@@ -153,7 +148,7 @@ class _Stream:
     def inputs(self) -> Sequence[dict[str, Tensor]]:
         """What the stage's model is called with, sample by sample."""
         assert self._now is not None
-        return _Inputs(self._now, self.samples)
+        return Inputs(self._now, self.samples)
 
     def made(self, index: int, output: Any) -> None:
         """The layer made this of sample ``index``."""
@@ -161,8 +156,9 @@ class _Stream:
         self._next[index] = output.logits.detach()
 
     def sync(self) -> None:
-        if self._next is not None:
-            self._next.sync()
+        for states in (self._now, self._next):
+            if states is not None:
+                states.sync()
 
     def advance(self, index: int) -> None:
         """Leave layer ``index``, whose work is safe: its inputs are not needed any more."""
@@ -170,31 +166,37 @@ class _Stream:
         if path is not None:
             path.unlink(missing_ok=True)
 
+    def remove(self) -> None:
+        """Nothing is needed any more."""
+        if self._now is not None and self._now.path is not None:
+            self._now.path.unlink(missing_ok=True)
+
 
 class LayerRun:
     """Quantizes ``blocks`` layer by layer: ``for made in LayerRun(...).layers(): ...``.
 
-    samples    calibration data, [input_ids] or [input_ids, attention_mask] each; none: data-free
-    disabled   linears that stay float whatever their range
-    place      a folder for hidden states, or None to keep them in memory
+    samples       calibration data, [input_ids] or [input_ids, attention_mask] each; none: data-free
+    place         a folder for hidden states, or None to keep them in memory
+    ranges_only   nothing is to be quantized: only what range_parm needs goes from layer to layer
+
+    :raises UsageError: a job that needs the whole model, a name of it that is no linear
     """
 
-    def __init__(
-        self, blocks: Blocks, job: Job, samples: Sequence[Sample], disabled: frozenset[str] = frozenset(), place: Path | None = None
-    ) -> None:
+    def __init__(self, blocks: Blocks, job: Job, samples: Sequence[Sample], place: Path | None = None, ranges_only: bool = False) -> None:
         if why := whole_model_only(job):
             raise UsageError(f"one layer at a time: {why}")
-        self.blocks, self.job, self.samples, self.disabled, self.place = blocks, job, list(samples), disabled, place
-        self.device = resolve(job.config.dev_type, job.config.dev_id)
-        first, cache = self.samples[:FEATURE_SAMPLES], job.config.use_kvcache_quant
-        self._streams = {"smoothed": self._stream("smoothed", self.samples if cache else first)}
+        self.blocks, self.job, self.samples, self.place = blocks, job, list(samples), place
+        self.disabled = frozenset(named_float(blocks.model, job.config))
         if job.anti_outlier is not None:
-            self._streams["float"] = self._stream("float", self.samples)
-        if self._has_static() or job.config.use_fa_quant or job.is_searched:
-            self._streams["quantized"] = self._stream("quantized", self.samples)
-
-    def _stream(self, name: str, samples: Sequence[Sample]) -> _Stream:
-        return _Stream(name, samples, self.blocks, self.place)
+            check_anti_names(job.anti_outlier, blocks.model)
+        self.device = resolve(job.config.dev_type, job.config.dev_id)
+        wanted = {"smoothed": self.samples if job.config.use_kvcache_quant and not ranges_only else self.samples[:FEATURE_SAMPLES]}
+        if job.anti_outlier is not None:
+            wanted["float"] = self.samples
+        if not ranges_only and (self._has_static() or job.config.use_fa_quant or job.is_searched):
+            wanted["quantized"] = self.samples
+        file = "ranges-{}" if ranges_only else "{}"
+        self._streams = {name: _Stream(file.format(name), there, blocks, place) for name, there in wanted.items()}
 
     def _has_static(self) -> bool:
         return any((config := self.job.config_of(name)) is not None and config.model_quant_type in STATIC_TYPES for name in self.linears)
@@ -221,17 +223,16 @@ class LayerRun:
 
     def begin(self) -> None:
         """Embed the samples; to be left out where an earlier run's states are there."""
-        states = self.blocks.begin(self.samples, device=self.device)
         for stream in self._streams.values():
-            stream.begin(states)
+            stream.begin()
+        for index, hidden in enumerate(self.blocks.embedded(self.samples, self.device) if self.samples else ()):
+            for stream in self._streams.values():
+                stream.embed(index, hidden)
+        self.sync()
 
     def wildest(self, progress: Progress) -> set[str]:
         """The ``disable_level`` linears of largest range_parm, found in a pass of its own. Nothing of the model is changed."""
-        run = LayerRun(self.blocks, replace(self.job, disable_level=0), self.samples, self.disabled)
-        kept = {"smoothed": run._stream("smoothed", self.samples[:FEATURE_SAMPLES])} | {
-            name: stream for name, stream in run._streams.items() if name == "float"
-        }
-        run._streams = kept
+        run = LayerRun(self.blocks, self.job, self.samples, self.place, ranges_only=True)
         run.begin()
         ranges: dict[str, float] = {}
         with torch.no_grad():
@@ -242,6 +243,8 @@ class LayerRun:
                     ranges |= run._observed(model, advance=True).range_parm
                 run._advance(index)
                 progress("ranges", index + 1, len(self.blocks))
+        for stream in run._streams.values():
+            stream.remove()
         return wild_names(ranges, self.disabled, self.job.disable_level)
 
     def layers(self, first: int = 0, floats: frozenset[str] = frozenset(), progress: Progress | None = None) -> Iterator[MadeLayer]:
@@ -271,23 +274,14 @@ class LayerRun:
         config = self.job.anti_outlier
         if config is None:
             return ()
-        stream, prefix = self._streams["float"], f"{self.blocks.names[index]}."
-        here = None if config.disable_anti_names is None else [name for name in config.disable_anti_names if name.startswith(prefix)]
-        smoother = AntiOutlier(
-            model,
-            stream.inputs,
-            replace(config, disable_anti_names=here),
-            architecture=self.blocks.architecture,
-            layer=index,
-            made=stream.made,
-        )
+        stream = self._streams["float"]
+        smoother = AntiOutlier(model, stream.inputs, config, architecture=self.blocks.architecture, layer=index, made=stream.made)
         smoother.process()
         return tuple(subgraph.source for subgraph in smoother.subgraphs())
 
     def _observed(self, model: nn.Module, advance: bool) -> Stage:
         """The layer's linears with their range_parm; advance: this is the last pass of its stream."""
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        stage, stream = Stage(model, linears, self.job.config), self._streams["smoothed"]
+        stage, stream = Stage(model, linears_of(model), self.job.config), self._streams["smoothed"]
         stage.observe_ranges(stream.inputs, stream.made if advance else None)
         return stage
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from formats import Checkpoint
 from formats.errors import DestinationError, UnreadableError, UsageError
 
-from .blocks import Blocks, Sample, States, inputs_of
+from .blocks import Blocks, Sample, States, advance
 from .devices import COMPLETE
 from .simulate import Simulation
 
@@ -122,7 +122,8 @@ def measure(
         states = [one.blocks.begin(samples, path, device) for one, path in zip(models, paths, strict=True)]
         for layer in range(count):
             for one, held in zip(models, states, strict=True):
-                _advance(one, held, samples, layer, device)
+                with _stage(one, layer, device) as stage:
+                    advance(stage, held, samples)
             if reference is not None:
                 drift.append(_distance(*states))
             tell(layer + 1, count + 1)
@@ -170,15 +171,6 @@ def _stage(one: Served, layer: int | None, device: torch.device | None) -> Itera
         if one.simulation is not None:
             stack.enter_context(one.simulation.on(model))
         yield model
-
-
-def _advance(one: Served, states: States, samples: Sequence[Sample], layer: int, device: torch.device | None) -> None:
-    """Replace what layer ``layer`` gets by what it makes of it."""
-    with _stage(one, layer, device) as model:
-        place = next(parameter.device for parameter in model.parameters())
-        for index, sample in enumerate(samples):
-            inputs = {name: tensor.to(place) for name, tensor in inputs_of(states[index], sample).items()}
-            states[index] = model(**inputs).logits
 
 
 def _distance(states: States, wanted: States) -> float:

@@ -15,6 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ EPSILON = np.float32(2.0**-23)
 """The smallest scale, as in ``quantize.rounding``."""
 LOST = {"float16": 13, "bfloat16": 16, "float32": 0}
 """Bits that a float32's mantissa loses in a dtype."""
-_PIECE = 1 << 20
+PIECE = 1 << 20
 """Weights that are rounded at once."""
 
 
@@ -184,11 +185,11 @@ class Scales:
 
     def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
         (out, in_), (start, stop, _) = self.weight.shape, rows.indices(self.shape[0])
-        height = max(1, _PIECE // in_)
+        height = max(1, PIECE // in_)
         parts = []
         for band in range(start // height, -(-stop // height)):
             top, bottom = band * height, min((band + 1) * height, out)
-            made = self.bands.take(self.name, band, lambda top=top, bottom=bottom: self._make(slice(top, bottom)))  # type: ignore[misc]
+            made = self.bands.take(self.name, band, partial(self._make, slice(top, bottom)))
             parts.append(made[max(start, top) - top : min(stop, bottom) - top, cols])
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, self.shape[1]), self.dtype)[:, cols], *parts])
 
@@ -226,7 +227,7 @@ class Codes:
         scales = to_float32(self.scales.read(rows, groups))
         found, sums = np.empty((scales.shape[0], end - begin), np.int8), np.zeros(2)
         lost = LOST[np.dtype(weight.dtype).name] if per_channel else 0
-        step = max(1, _PIECE // max(1, end - begin))
+        step = max(1, PIECE // max(1, end - begin))
         for top in range(start, stop, step):
             bottom = min(top + step, stop)
             values = np.ascontiguousarray(to_float32(read(weight, slice(top, bottom), slice(begin, end), work)))

@@ -16,31 +16,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from convert.engine import run as write
 from convert.memory import DEFAULT_MEMORY
 from convert.options import Settings
 from convert.planning import Planner
 from convert.records import Plan
 from formats import find_target, open_checkpoint
-from formats.checkpoint import Location
-from formats.errors import DestinationError, RefusedError, UnreadableError, UsageError
+from formats.checkpoint import Checkpoint, Location
+from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
 from formats.spec import FormatSpec, Variant
 
-from .blocks import shell
+from .blocks import Shell, shell
 from .calibration import Sample, calibration_data, repeats
+from .choice import chosen_linears
 from .config import QuantConfig
 from .devices import resolve
-from .models import load_model, load_tokenizer
+from .layerwise import Job
+from .models import load_tokenizer
+from .outputs import check_new
 from .progress import Report
 from .recipe import Recipe, load
 from .result import Quantized, check_plot, draw_plot
-from .trial import chosen_linears, trial
+from .trial import trial
 from .ways import Outcome, Request, in_memory, layer_by_layer, why_in_memory
 
-__all__ = ["Quantized", "load_model", "load_tokenizer", "quantize_model"]
+__all__ = ["Quantized", "quantize_model"]
 
 
 class _Clock:
@@ -90,21 +91,23 @@ def quantize_model(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     spec, variant, named = _target(to)
-    _check_out(Path(out), overwrite)
+    check_new(Path(out), overwrite)
     if plot is not None:
         check_plot(plot)
     if calib is None and recipe.needs_data:
         raise UsageError(f"recipe {recipe.name}: needs calibration data; pass --calib FILE.jsonl, a text a line")
     resolve(device)
-    base = _base(model_dir)
+    source = open_checkpoint(_base(model_dir))
+    base = source.location
 
     clock = _Clock()
+    model = shell(source)
     settings = Settings(max_shard_size=max_shard_size, scale_dtype=_scales(spec), jobs=jobs, max_memory=max_memory)
-    _ask_target(base, recipe, device, spec, variant, named, settings)
+    _ask_target(source, model, recipe, device, spec, variant, named, settings)
     data = _data(calib, base, recipe, samples)
     clock.done("load")
     norms_for = variant.name if spec.name == "msmodelslim" and variant.name in {"safe_tensor", "ascendv1"} else ""
-    request = Request(base, recipe, device, data, norms_for, progress)
+    request = Request(source, model, recipe, device, data, norms_for, progress)
     with _way(request, Path(out), resume) as outcome:
         clock.done("quantize")
         plan = _plan(outcome, request, spec, variant, named, settings)
@@ -119,20 +122,19 @@ def quantize_model(
     )
 
 
-def _ask_target(base: Location, recipe: Recipe, device: str, spec: FormatSpec, variant: Variant, named: bool, settings: Settings) -> None:
+def _ask_target(
+    source: Checkpoint, made: Shell, recipe: Recipe, device: str, spec: FormatSpec, variant: Variant, named: bool, settings: Settings
+) -> None:
     """Refuse what the target cannot hold, from shapes alone."""
-    model, dtype = shell(open_checkpoint(base.folder))
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    config = recipe.quant_config(device)
-    tried = trial(model.config, dtype, linears, chosen_linears(linears, config, recipe.mix_cfg), config)
-    Planner(tried, spec, variant, named, settings, base).plan(probe=False).raise_if_refused()
+    (model, dtype), job = made, Job.of(recipe, device)
+    tried = trial(model, dtype, chosen_linears(model, job.config, job.mix_cfg), job)
+    Planner(tried, spec, variant, named, settings, source.location).plan(probe=False).raise_if_refused()
 
 
 @contextlib.contextmanager
 def _way(request: Request, out: Path, resume: bool) -> Iterator[Outcome]:
     """Carry it out one decoder layer at a time, if that can be done."""
-    config = request.base.json("config.json") or {}
-    why = why_in_memory(request, config.get("model_type"))
+    why = why_in_memory(request)
     if why is None:
         with layer_by_layer(request, out, resume) as outcome:
             yield outcome
@@ -153,14 +155,6 @@ def _target(to: str) -> tuple[FormatSpec, Variant, bool]:
 def _scales(spec: FormatSpec) -> str | None:
     """msModelSlim's files keep the dtype of every scale, as the tool leaves it; others take what their loaders want."""
     return "keep" if spec.name == "msmodelslim" else None
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    """What the engine will check again after hours of work."""
-    if not out.parent.is_dir():
-        raise DestinationError(f"{out.parent}: there is no such folder to write into; make it first")
-    if (out.exists() or out.is_symlink()) and not overwrite:
-        raise DestinationError(f"{out}: exists already; choose another destination, or pass --overwrite to replace it")
 
 
 def _base(model_dir: str | os.PathLike[str]) -> Location:

@@ -24,8 +24,8 @@ from formats.errors import UnreadableError
 
 from .calibration import BOOLQ, calibration_data, read_objects
 from .devices import HOST
-from .evaluate import PrecisionTest
-from .run import load_tokenizer
+from .evaluate import PROMPT, PrecisionTest
+from .models import load_tokenizer
 
 __all__ = ["Data", "length_of", "read_data", "tokenizer_of"]
 
@@ -80,10 +80,9 @@ def _is_question(item: Any) -> bool:
 
 
 def _questions(path: Path, places: list[str], tokenizer: Any, samples: int | None, length: int, calibrating: bool) -> Data:
-    test = PrecisionTest(nn.Identity(), tokenizer, data=path, device=HOST, samples=samples, length=length)
-    if calibrating:
-        test.template = BOOLQ
-    asked = [question for question, _ in zip(test._questions(), places, strict=False)]
+    template = BOOLQ if calibrating else PROMPT
+    test = PrecisionTest(nn.Identity(), tokenizer, data=path, device=HOST, samples=samples, length=length, template=template)
+    asked = list(test.questions())
     return Data(
         path.name, "questions", [[torch.tensor([ids])] for ids, _ in asked], places, tuple(answer for _, answer in asked), test.choices
     )

@@ -27,15 +27,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from formats.errors import DestinationError, RefusedError, UsageError
 
-from .calibration import read_objects
+from .calibration import key_of, read_objects
 from .config import QuantConfig
 from .devices import resolve
 from .evaluation import dtype_of, open_model
 from .measure import SampleFigures, Served, measure
+from .outputs import check_new, write_text
 from .progress import Report
 from .recipe import Recipe, load
 from .run import quantize_model
@@ -204,7 +203,7 @@ def score_samples(
     sources = [read_data(path, tokenizer, samples=samples, length=length, template=template, calibrating=True) for path in data]
     tensors = [sample for source in sources for sample in source.samples]
     before = [] if calib is None or not extend else read_data(calib, tokenizer, length=length, template=template, calibrating=True).samples
-    seen = {_key(sample) for sample in before}
+    seen = {key_of(sample[0]) for sample in before}
     with contextlib.ExitStack() as stack:
         if quantized is None:
             folder = stack.enter_context(_temporary(work_dir))
@@ -232,7 +231,7 @@ def score_samples(
         found = [replace(one, chosen=one.number in chosen) for one in found]
         lines = _lines(Path(calib)) if extend and calib is not None else []
         added = len(lines)
-        _write(Path(out), [*lines, *(one.line or "" for one in found if one.chosen)])
+        write_text(Path(out), "".join(f"{line}\n" for line in (*lines, *(one.line or "" for one in found if one.chosen))))
     times = list(clock.values())
     seconds = {name: after - before for name, before, after in zip(list(clock)[1:], times, times[1:], strict=False)}
     notes = () if model.simulation is None else model.simulation.notes
@@ -267,10 +266,7 @@ def _check(
     place = Path(out)
     if place.suffix != ".jsonl":
         raise UsageError(f"--out {place.name}: wanted a name that ends in .jsonl")
-    if not place.parent.is_dir():
-        raise DestinationError(f"{place.parent}: there is no such folder to write into; make it first")
-    if place.exists() and not overwrite:
-        raise DestinationError(f"{place}: exists already; choose another name, or pass --overwrite to replace it")
+    check_new(place, overwrite)
     for path in (*data, *([calib] if extend and calib is not None else [])):
         if Path(path).suffix not in {".jsonl", ".json"}:
             raise RefusedError(f"{path}: is plain text, which has no lines to choose; give its samples as .jsonl, an object or text a line")
@@ -300,7 +296,7 @@ def _scores(
         answers = source.answers or (None,) * len(source.samples)
         for where, sample, answer, line in zip(source.places, source.samples, answers, lines, strict=False):
             one = figures[len(found)]
-            key, kl = _key(sample), (one.kl + one.last_kl) / one.tokens
+            key, kl = key_of(sample[0]), (one.kl + one.last_kl) / one.tokens
             score = SampleScore(len(found), source.name, where, line, one.tokens, kl, kl, one.last_kl, one.last_agreed, repeats=key in seen)
             if position == "last":
                 score = replace(score, score=one.last_kl)
@@ -311,27 +307,12 @@ def _scores(
     return found
 
 
-def _key(sample: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(sample[0].flatten().tolist())
-
-
 def _lines(path: Path) -> list[str]:
     """A line of JSON for each sample of a file: the file's own if it has lines."""
     if path.suffix == ".json":
         return [json.dumps(item, ensure_ascii=False) for _, item in read_objects(path)]
     with path.open(encoding="utf-8-sig") as file:
         return [line.rstrip("\r\n") for line in file if line.strip()]
-
-
-def _write(out: Path, lines: Sequence[str]) -> None:
-    """All or nothing."""
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        part.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-        part.replace(out)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise DestinationError(f"{out}: cannot be written ({error.strerror or error})") from None
 
 
 def _repeats(found: Sequence[SampleScore]) -> Iterator[str]:

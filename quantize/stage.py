@@ -7,6 +7,7 @@ may run the model between them (GPTQ, one group of linears after the other).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from .kv_cache import CacheObserver
 from .layers import STATIC_TYPES, QuantizedLayer, quantize_linear, with_inputs
 from .observers import CALM_RANGE, CalmRange, observer_for
 
-__all__ = ["FEATURE_SAMPLES", "Progress", "Rounded", "Stage", "forward", "rounded_to_nearest"]
+__all__ = ["FEATURE_SAMPLES", "Progress", "Rounded", "Stage", "forward", "rounded_to_nearest", "watching"]
 
 FEATURE_SAMPLES = 5
 """Samples of which range_parm is taken."""
@@ -55,16 +56,8 @@ class Stage:
     def observe_ranges(self, samples: Sequence[Any], made: Made | None = None) -> None:
         """range_parm of every linear that the first samples reach, in the order in which the model calls them."""
         seen: dict[str, CalmRange] = {}
-
-        def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda module, args: seen.setdefault(name, CalmRange()).update(args[0])
-
-        hooks = [linear.register_forward_pre_hook(watcher(name)) for name, linear in self.linears.items()]
-        try:
+        with watching(self.linears, lambda name, values: seen.setdefault(name, CalmRange()).update(values)):
             _run(self.model, samples[:FEATURE_SAMPLES], made)
-        finally:
-            for hook in hooks:
-                hook.remove()
         self.range_parm = {name: ratio.range_parm() for name, ratio in seen.items()}
 
     def observe_cache(self, samples: Sequence[Any], symmetric: bool, made: Made | None = None) -> CacheObserver:
@@ -118,10 +111,11 @@ class Stage:
         level   so many linears become float again after the first sample, those of the largest inputs; made: is given every output
         """
         for index, sample in enumerate(samples):
-            largest = _watch_inputs(self._replaced) if index == 0 and level else None
-            output = forward(self.model, sample)
-            if largest is not None:
-                self._restore_wildest(largest(), level)
+            largest = dict.fromkeys(self._replaced, 0.0) if index == 0 and level else {}
+            with watching({name: self._replaced[name] for name in largest}, _keep_largest(largest)):
+                output = forward(self.model, sample)
+            if largest:
+                self._restore_wildest(largest, level)
             if made is not None:
                 made(index, output)
             progress("samples", index + 1, len(samples))
@@ -177,24 +171,29 @@ def forward(model: nn.Module, sample: Any) -> Any:
     return model(*[there(value) for value in sample])
 
 
-def _watch_inputs(modules: dict[str, FakeQuantLinear]) -> Callable[[], dict[str, float]]:
-    """Watch the largest magnitude of each module's input; the result stops watching, and tells."""
-    largest = dict.fromkeys(modules, 0.0)
+@contextlib.contextmanager
+def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While this lasts, ``see`` is given the name and the first input of each of ``modules`` that is about to be run."""
 
     def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            largest[name] = max(largest[name], float(args[0].abs().max()))
+            see(name, args[0])
 
         return watch
 
-    hooks = [module.register_forward_pre_hook(watcher(name)) for name, module in modules.items()]
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(module.register_forward_pre_hook(watcher(name)))
+        yield
 
-    def stop() -> dict[str, float]:
-        for hook in hooks:
-            hook.remove()
-        return largest
 
-    return stop
+def _keep_largest(largest: dict[str, float]) -> Callable[[str, Tensor], None]:
+    """What keeps, by name, the largest magnitude of what it is given."""
+
+    def see(name: str, values: Tensor) -> None:
+        largest[name] = max(largest[name], float(values.abs().max()))
+
+    return see
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

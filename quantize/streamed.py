@@ -25,22 +25,20 @@ from convert.options import Settings
 from convert.planning import Planner
 from convert.staging import check_unfinished
 from formats import find_target, open_checkpoint
-from formats.checkpoint import Checkpoint, float_linears, float_matrices
+from formats.checkpoint import FLOATS, Checkpoint, float_linears, float_matrices
 from formats.errors import UnreadableError, UsageError
 from formats.ir import QuantArgs, QuantizedLinear, QuantScheme, read
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
 
 from .progress import LayerFigures, Report
 from .result import Quantized, check_plot, draw_plot
-from .rounded_tiles import Codes, Errors, Rounding, ScaleBands, Scales
+from .rounded_tiles import PIECE, Codes, Errors, Rounding, ScaleBands, Scales
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
 ROUTERS = ("gate", "shared_expert_gate", "router")
 """Leaf names of linears that choose experts."""
-_FLOATS = ("F16", "BF16", "F32")
-_PIECE = 1 << 20
 _SHARE = 4
 """Scales may take one part in so many of the memory that is left."""
 
@@ -84,7 +82,7 @@ class Rounded(Checkpoint):
 
     def _check(self, name: str) -> None:
         info = self.tensors[f"{name}.weight"]
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             raise UnreadableError(f"{name}: weight is {info.dtype}, wanted F16, BF16 or F32; the model is not a float one")
         if self.rounding.group_size != -1 and info.shape[1] % self.rounding.group_size:
             raise UsageError(
@@ -123,7 +121,7 @@ class Rounded(Checkpoint):
             if self.errors.of(name) is None:
                 self.errors.forget(name)
                 codes = self.layer(name).codes
-                height = max(1, _PIECE // codes.shape[1])
+                height = max(1, PIECE // codes.shape[1])
                 for top in range(0, codes.shape[0], height):
                     read(codes, slice(top, min(top + height, codes.shape[0])))
             found = self.errors.of(name)

@@ -19,27 +19,27 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from convert.certificate import version
 from formats import open_checkpoint
 from formats.errors import DestinationError, UsageError
 
-from .blocks import Blocks, Sample, inputs_of
-from .calibration import calibration_data
+from .blocks import Blocks, Sample, advance
+from .calibration import calibration_data, key_of
+from .choice import chosen_linears
 from .config import ANTI_METHODS, AntiOutlierConfig
 from .devices import HOST, resolve
 from .evaluation import ModelFigures, figures_of
 from .layerwise import Job, LayerRun, whole_model_only
 from .measure import Served, measure, predictions
+from .outputs import check_new, write_text
 from .recipe import Recipe, load, loads
 from .samples import Data, length_of, read_data, tokenizer_of
-from .work import digest_of
+from .work import digest_of, what_of
 
 __all__ = ["Trial", "Tuned", "Tuner", "tune_model"]
 
@@ -134,27 +134,20 @@ def tune_model(
     wanted = recipe.calibration
     calibrating = calibration_data(calib, tokenizer, samples=wanted.samples, length=wanted.length, template=wanted.template)
     judged = read_data(data, tokenizer, samples=samples, length=length_of(blocks.config, length))
-    what = {
-        "version": version(),
-        "torch": torch.__version__,
-        "recipe": recipe.model_dump(exclude_defaults=True),
-        "device": device,
-        "calibration": digest_of(calibrating),
-        "data": digest_of(judged.samples),
-        "files": [asdict(file.identity) for file in source.tensors.files],
-    }
+    chosen_linears(blocks.model, recipe.quant_config(device), recipe.mix_cfg)  # refuses what cannot be
+    what = what_of(source, recipe, device, calibration=digest_of(calibrating), data=digest_of(judged.samples))
     with _Kept(place.with_name(f".{place.name}.trials"), what) as kept:
         tuner = Tuner(blocks, recipe, calibrating, judged, device, kept, told, progress)
         best = _search(tuner, target, budget, methods)
         text = _recipe_text(recipe, best, tuner.reference, target)
         loads(text, place.name)
-        place.write_text(text, "utf-8")
+        write_text(place, text)
         kept.done = True
     notes = []
     if best.share < target:
         more = f"{len(tuner.trials)} trials, the budget, were made" if len(tuner.trials) >= budget else "nothing more was left to try"
         notes.append(f"the target of {target:g} was not reached ({best.share:.4f} is the best); {more}")
-    if set(map(_key, calibrating)) & set(map(_key, judged.samples)):
+    if {key_of(sample[0]) for sample in calibrating} & {key_of(sample[0]) for sample in judged.samples}:
         notes.append("the data to measure by has samples of the calibration data, so the figures flatter")
     return Tuned(tuner.reference, tuple(tuner.trials), best, target, text, tuple(notes))
 
@@ -169,18 +162,11 @@ def _check(target: float, budget: int, methods: Sequence[str | None], out: Path,
             raise UsageError(f"methods: {method!r} is not one of {', '.join(ANTI_METHODS)}, or None")
     if not methods:
         raise UsageError("methods: there is none to try")
-    if not out.parent.is_dir():
-        raise DestinationError(f"{out.parent}: there is no such folder to write into; make it first")
-    if out.exists() and not overwrite:
-        raise DestinationError(f"{out}: exists already; choose another name for the recipe, or pass --overwrite to replace it")
+    check_new(out, overwrite)
     if recipe.disable_level != "L0":
         raise UsageError(f"recipe {recipe.name}: disable_level is what is searched; leave it out")
-    if why := whole_model_only(_job(recipe, recipe.anti_outlier_config(), HOST)):
+    if why := whole_model_only(Job.of(recipe, HOST)):
         raise UsageError(f"recipe {recipe.name}: {why}, and trials go one layer at a time")
-
-
-def _job(recipe: Recipe, smooth: AntiOutlierConfig | None, device: str) -> Job:
-    return Job(recipe.quant_config(device), recipe.mix_cfg, smooth, 0, recipe.gptq_settings(), recipe.awq_settings())
 
 
 class Tuner:
@@ -210,10 +196,10 @@ class Tuner:
 
     def smoothing(self, method: str | None) -> AntiOutlierConfig | None:
         """The recipe's own settings of its method, the defaults of another."""
+        if method is None:
+            return None
         own = self.recipe.anti_outlier_config(self.device)
-        if method is None or (own is not None and own.anti_method == method):
-            return own if method is not None else None
-        return AntiOutlierConfig(anti_method=method, dev_type=self.device)
+        return own if own is not None and own.anti_method == method else AntiOutlierConfig(anti_method=method, dev_type=self.device)
 
     def linears(self, method: str | None) -> list[str]:
         """Linears that the recipe quantizes, those of the largest range_parm first, once that method was tried."""
@@ -242,8 +228,7 @@ class Tuner:
         return trial
 
     def _run(self, method: str | None, floats: frozenset[str]) -> tuple[dict[str, Any], dict[str, float]]:
-        job = _job(self.recipe, self.smoothing(method), self.device)
-        run = LayerRun(self.blocks, job, self.calibrating, frozenset(job.config.disable_names or ()))
+        run = LayerRun(self.blocks, replace(Job.of(self.recipe, self.device), anti_outlier=self.smoothing(method)), self.calibrating)
         samples, device = self.data.samples, resolve(self.device)
         states = self.blocks.begin(samples, device=device)
         run.begin()
@@ -251,9 +236,7 @@ class Tuner:
         chosen = set(run.to_quantize())
         for made in run.layers(floats=floats):
             ranges |= {name: ratio for name, ratio in made.range_parm.items() if name in chosen}
-            for index, sample in enumerate(samples):
-                inputs = {name: tensor.to(device) for name, tensor in inputs_of(states[index], sample).items()}
-                states[index] = made.model(**inputs).logits
+            advance(made.model, states, samples)
             self._progress("layers", made.index + 1, len(self.blocks))
         found = list(predictions([Served(self.blocks)], [states], samples, self.data.choices, device=device))
         figures = figures_of(self.data, [one.model for one in found], sum(one.positions for one in found))
@@ -343,9 +326,12 @@ class _Kept:
         lines = self.path.read_bytes().split(b"\n")
         if lines[0].decode("utf-8", "replace") != self._what:
             raise DestinationError(f"{self.path}: holds the trials of another model, recipe or data; remove it, or choose another name")
-        for line in lines[1:-1]:  # the last one is empty, or was cut
-            key, value = json.loads(line)
-            self._found[key] = value
+        for number, line in enumerate(lines[1:-1], 2):  # the last one is empty, or was cut
+            try:
+                key, value = json.loads(line)
+                self._found[key] = {"figures": value["figures"], "ranges": value["ranges"]}
+            except (ValueError, KeyError, TypeError):
+                raise DestinationError(f"{self.path}, line {number}: is damaged, so its trials cannot be gone on with; remove it") from None
         self.path.write_bytes(b"\n".join(lines[:-1]) + b"\n")
 
     def get(self, key: Mapping[str, Any]) -> Any:
@@ -360,7 +346,3 @@ class _Kept:
             file.write(json.dumps([text, value]) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def _key(sample: Sample) -> tuple[int, ...]:
-    return tuple(sample[0].flatten().tolist())

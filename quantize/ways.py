@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 
-from convert.certificate import version
 from convert.staging import workshop
-from formats import open_checkpoint
 from formats.checkpoint import Checkpoint, Location
 from formats.errors import DestinationError
 
 from .anti_outlier import AntiOutlier
 from .architectures import ARCHITECTURES
-from .blocks import Blocks
+from .blocks import Blocks, Shell
 from .calibration import Sample
 from .calibrator import Calibrator
 from .layerwise import Job, LayerRun, whole_model_only
@@ -31,16 +28,17 @@ from .models import load_model
 from .progress import LayerFigures, Report
 from .recipe import Recipe
 from .saving import checkpoint_of, tensors_of
-from .work import Work, digest_of
+from .work import Work, digest_of, what_of
 
 __all__ = ["Outcome", "Request", "in_memory", "layer_by_layer", "why_in_memory"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: ``base`` is the float model's folder, ``norms_for`` msModelSlim's variant whose norm tensors are wanted."""
+    """What is asked for: ``source`` is the float model, ``norms_for`` msModelSlim's variant whose norm tensors are wanted."""
 
-    base: Location
+    source: Checkpoint
+    shell: Shell
     recipe: Recipe
     device: str
     samples: list[Sample]
@@ -48,11 +46,14 @@ class Request:
     progress: Report | None = None
 
     @property
+    def base(self) -> Location:
+        """The float model's folder."""
+        return self.source.location
+
+    @property
     def job(self) -> Job:
         """The recipe, on the device."""
-        recipe, level = self.recipe, int(self.recipe.disable_level.removeprefix("L"))
-        config, smooth = recipe.quant_config(self.device), recipe.anti_outlier_config(self.device)
-        return Job(config, recipe.mix_cfg, smooth, level, recipe.gptq_settings(), recipe.awq_settings())
+        return Job.of(self.recipe, self.device)
 
     def tell(self, what: str, done: int, of: int, layer: LayerFigures | None = None) -> None:
         """Report progress."""
@@ -72,8 +73,9 @@ class Outcome:
     resumed: int = 0
 
 
-def why_in_memory(request: Request, model_type: Any) -> str | None:
+def why_in_memory(request: Request) -> str | None:
     """Why this cannot be done one layer at a time, or None."""
+    model_type = getattr(request.shell[0].config, "model_type", None)
     if model_type not in ARCHITECTURES:
         return f"where the layers of a {model_type!r} lie is not known"
     return whole_model_only(request.job)
@@ -135,26 +137,15 @@ def layer_by_layer(request: Request, out: Path, resume: bool = False) -> Iterato
     resume    there must be something to go on with; without it an interrupted run is gone on with, if there was one
     :raises DestinationError: an interrupted run of another kind left its work there, or none did and ``resume`` is asked for
     """
-    source = open_checkpoint(request.base.folder)
-    blocks, job = Blocks.open(source), request.job
-    what = {
-        "version": version(),
-        "options": {
-            "recipe": request.recipe.model_dump(exclude_defaults=True),
-            "device": request.device,
-            "norms_for": request.norms_for,
-            "samples": digest_of(request.samples),
-            "torch": torch.__version__,
-        },
-        "files": [asdict(file.identity) for file in source.tensors.files],
-    }
+    source, job = request.source, request.job
+    blocks = Blocks.open(source, made=request.shell)
+    what = what_of(source, request.recipe, request.device, norms_for=request.norms_for, samples=digest_of(request.samples))
     with workshop(out, "quantize") as stage:
         work = Work(stage, what, request.norms_for)
         if resume and not work.layers:
             raise DestinationError(f"{out}: --resume: no interrupted run left its work beside it; run the command without it")
         found = len(work.layers)
-        disabled = frozenset(job.config.disable_names or ())
-        run = LayerRun(blocks, job, request.samples, disabled, work.place)
+        run = LayerRun(blocks, job, request.samples, work.place)
         floats = work.chosen(lambda: sorted(run.wildest(request.tell)) if job.disable_level else [])
         last = _run(run, work, floats, request)
         yield Outcome(

@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from safetensors.torch import save_file
 
+from convert.certificate import version
 from convert.staging import Staging, sync
 from formats.checkpoint import Checkpoint, Location
 from formats.ir import Array, ArrayLike
@@ -24,16 +26,17 @@ from formats.safetensors_file import SafetensorsFile, StoredFile, TensorInfo, Te
 
 from .blocks import FLOAT_DTYPES, Blocks, Weights, to_torch
 from .progress import LayerFigures
+from .recipe import Recipe
 from .saving import DESCRIPTION, Made, Spelled, config_of, description_of, extra_tensors, tensors_of
 
-__all__ = ["Finished", "Work", "digest_of"]
+__all__ = ["Finished", "Work", "digest_of", "what_of"]
 
 
 @dataclass(frozen=True)
 class Finished:
     """A finished decoder layer, as the journal has it.
 
-    types     msModelSlim's type of every tensor of its file; tensors: how many bytes that has
+    types     msModelSlim's type of every tensor of its file; bytes: how many that has
     figures   of its quantized linears; floats: linears that stayed float
     smoothed  sources that were smoothed; said: "kv" and "attention" where such scales are among the tensors
     """
@@ -179,6 +182,12 @@ def _is_cast(info: TensorInfo, weights: Weights) -> bool:
 
 def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
+
+
+def what_of(source: Checkpoint, recipe: Recipe, device: str, **options: Any) -> dict[str, Any]:
+    """All that what is made of the model in ``source`` depends on: a run goes on only with the work of one that had the same."""
+    said = {"recipe": recipe.model_dump(exclude_defaults=True), "device": device, "torch": torch.__version__, **options}
+    return {"version": version(), "options": said, "files": [asdict(file.identity) for file in source.tensors.files]}
 
 
 def digest_of(samples: Iterable[Any]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from interpreters import interpreter
 from raw_msmodelslim import Layer
 from safetensors import safe_open
 
@@ -44,14 +45,7 @@ class Tool:
     """A real tool in an environment of its own. Without one, the tests that need it are skipped, or fail where CI is set."""
 
     def __init__(self, name: str) -> None:
-        variable = f"WEIGHBRIDGE_ORACLE_{name.upper()}"
-        python = os.environ.get(variable)
-        if not python:
-            message = f"{variable} is not set: `make oracles` installs {name} and runs this test"
-            if os.environ.get("CI"):
-                pytest.fail(message)
-            pytest.skip(message)
-        self.python = python
+        self.python = interpreter(name)
 
     def run(self, script: str, *arguments: str | Path) -> str:
         """The standard output of ``script``, which must succeed."""

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.modules.setdefault("pandas", ModuleType("pandas"))  # which the module asks for, for other data sets
-from msmodelslim.pytorch.llm_ptq.mix_calibration.calib_select import BoolqProcessor  # noqa: E402
+from msmodelslim.pytorch.llm_ptq.mix_calibration.calib_select import BoolqProcessor  # noqa: E402 - after what it imports was put there
 
 BATCH = 4
 

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
-import pytest
+from interpreters import interpreter
 from safetensors.torch import load_file, save_file
 
 
 def ask(tool, script, folder, tensors, settings):
     """The tensors that ``script`` answers, given ``tensors`` and ``settings``, which is JSON. Skips where the tool is not installed; in
     CI that is a failure."""
-    variable = f"WEIGHBRIDGE_ORACLE_{tool.upper()}"
-    python = os.environ.get(variable)
-    if not python:
-        message = f"{variable} is not set: `make oracles` installs {tool} and runs this test"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
+    python = interpreter(tool)
     save_file(tensors, folder / "tensors.safetensors")
     (folder / "settings.json").write_text(json.dumps(settings), "utf-8")
     command = [python, str(Path(__file__).parent / script), "tensors.safetensors", "settings.json", "answer.safetensors"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -19,19 +18,10 @@ from convert.cli import app
 from formats.errors import RefusedError, UnreadableError, UsageError
 from quantize.analyze import analyze_model
 from quantize.calibration import calibration_data
+from quantize.models import load_model, load_tokenizer
 from quantize.plots import draw
 from quantize.recipe import loads
-from quantize.run import load_model, load_tokenizer, quantize_model
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.model_folder(tmp_path_factory.mktemp("model") / "tinylm")
-
-
-@pytest.fixture(scope="module")
-def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.questions(tmp_path_factory.mktemp("calib") / "calib.jsonl")
+from quantize.run import quantize_model
 
 
 def inputs_of_linears(model: Any, data: list[list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
@@ -198,7 +188,7 @@ def test_the_picture(source: Path, calib: Path, tmp_path: Path) -> None:
         ({"dtype": "int8"}, UsageError, "--dtype int8"),
         ({"model_dir": "nowhere"}, UnreadableError, "there is no such file or folder"),
         ({"recipe": loads("quant: {disable_names: [model.layers.9.up]}")}, UsageError, "'model.layers.9.up' is no linear of this model"),
-        ({"recipe": loads("quant: {w_method: NF, w_bit: 4, a_bit: 16}")}, UsageError, "w_method NF .* is not supported"),
+        ({"recipe": loads("quant: {w_method: NF, w_bit: 4, a_bit: 16}")}, UsageError, "w_method='NF' .* is not supported"),
         ({"recipe": loads("quant: {w_bit: 4, a_bit: 16, is_lowbit: true, open_outlier: false, group_size: 256}")}, UsageError, "x"),
     ],
 )

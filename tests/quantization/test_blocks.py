@@ -21,7 +21,7 @@ from formats import Location, open_checkpoint
 from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.ir import dequantize
 from quantize.architectures import architecture_of
-from quantize.blocks import Blocks, States, Weights, inputs_of, to_torch
+from quantize.blocks import Blocks, States, Weights, advance, to_torch
 from quantize.streamed import Rounding, round_folder
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -69,8 +69,7 @@ def by_layers(blocks: Blocks, path: Path | None = None) -> list[torch.Tensor]:
     states = blocks.begin(samples(), path)
     for layer in range(len(blocks)):
         with torch.no_grad(), blocks.stage(layer) as model:
-            for index, sample in enumerate(samples()):
-                states[index] = model(**inputs_of(states[index], sample)).logits
+            advance(model, states, samples())
     return list(blocks.logits(states))
 
 
@@ -148,8 +147,7 @@ def test_a_layer_sees_what_the_whole_model_gives_it_and_keeps_its_name() -> None
             linears = [one for one, module in stage.named_modules() if isinstance(module, torch.nn.Linear)]
             assert all(one.startswith(f"model.layers.{layer}.") for one in linears)
             hook = stage.get_submodule(name).register_forward_pre_hook(watch("stage")) if layer == 2 else None
-            for index, sample in enumerate(samples()):
-                states[index] = stage(**inputs_of(states[index], sample)).logits
+            advance(stage, states, samples())
             if hook is not None:
                 hook.remove()
     assert_equal(seen["stage"], seen["whole"])

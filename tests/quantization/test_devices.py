@@ -21,8 +21,9 @@ from formats.errors import UsageError
 from quantize.calibration import calibration_data
 from quantize.devices import device_name, resolve
 from quantize.evaluate import PrecisionTest
+from quantize.models import load_model, load_tokenizer
 from quantize.recipe import RECIPES, load
-from quantize.run import load_model, load_tokenizer, quantize_model
+from quantize.run import quantize_model
 
 MODULES = sorted(Path(quantize.__file__).parent.glob("*.py"))
 DEVICE = re.compile(r"(cpu|npu|cuda|gpu|mps|xpu)(:\d+)?")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from interpreters import interpreter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from formats.errors import UnreadableError, UsageError
 from quantize.evaluate import Accuracy, PrecisionTest
-from quantize.run import load_model, load_tokenizer
+from quantize.models import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ class Letters:
 def test_the_last_token_of_an_answer_counts_and_the_prompt_ends_with_the_colon(tmp_path: Path) -> None:
     test = PrecisionTest(nn.Identity(), Letters(), data=tiny.questions(tmp_path / "q.jsonl"))
     assert test.choices == (ord("s"), ord("o"))
-    ids, answer = next(test._questions())
+    ids, answer = next(test.questions())
     assert "".join(map(chr, ids)) == asked(tiny.QUESTIONS[0])
     assert answer is True
 
@@ -100,7 +100,7 @@ def test_answers_that_no_token_tells_apart() -> None:
 def test_a_trained_model_answers_as_it_does_alone(model, tokenizer, tmp_path: Path) -> None:
     path = tiny.questions(tmp_path / "q.jsonl")
     test = PrecisionTest(model, tokenizer, "boolq", 4, data=path)
-    rows = [ids for ids, _ in test._questions()]
+    rows = [ids for ids, _ in test.questions()]
     assert len({len(row) for row in rows}) > 1
     with torch.no_grad():
         alone = [model(torch.tensor([row])).logits[0, -1, list(test.choices)] for row in rows]
@@ -115,7 +115,7 @@ def test_a_trained_model_answers_as_it_does_alone(model, tokenizer, tmp_path: Pa
 def test_long_prompts_keep_their_end(tokenizer, tmp_path: Path) -> None:
     test = PrecisionTest(nn.Identity(), tokenizer, data=tiny.questions(tmp_path / "q.jsonl"), length=7)
     whole = tokenizer(asked(tiny.QUESTIONS[0]))["input_ids"]
-    assert next(test._questions())[0] == whole[-7:]
+    assert next(test.questions())[0] == whole[-7:]
 
 
 class Speaker(nn.Module):
@@ -203,7 +203,7 @@ def test_the_tools_own_code_says_the_same_of_every_question(tmp_path: Path) -> N
     folder, path = tiny.model_folder(tmp_path / "model"), tmp_path / "dev.jsonl"
     questions, tokenizer = many_questions(path), load_tokenizer(folder)
     undecided(folder, tokenizer, questions[::5])
-    command = [os.environ["WEIGHBRIDGE_ORACLE_MSMODELSLIM"], str(Path(__file__).parent / "msmodelslim_boolq.py")]
+    command = [interpreter("msmodelslim"), str(Path(__file__).parent / "msmodelslim_boolq.py")]
     run = subprocess.run([*command, str(folder), str(path), "out.json"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     tool = json.loads((tmp_path / "out.json").read_text())

@@ -29,23 +29,14 @@ from quantize.blocks import Blocks
 from quantize.evaluate import PrecisionTest
 from quantize.evaluation import Evaluation, evaluate_model
 from quantize.measure import Served, measure
+from quantize.models import load_model, load_tokenizer
 from quantize.recipe import loads
-from quantize.run import load_model, load_tokenizer, quantize_model
+from quantize.run import quantize_model
 from quantize.samples import read_data
 from quantize.streamed import Rounding, round_folder
 
 TEXT = Path(__file__).parents[2] / "docs" / "design.md"
 LENGTH, WINDOWS = 48, 6
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.model_folder(tmp_path_factory.mktemp("model") / "tinylm")
-
-
-@pytest.fixture(scope="module")
-def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.questions(tmp_path_factory.mktemp("calib") / "calib.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +202,7 @@ def test_questions_are_answered_as_the_precision_test_answers(source: Path, cali
         model = load_model(folder).float()
         test = PrecisionTest(model, tokenizer, data=calib)
         with torch.no_grad():
-            logits = [model(torch.tensor([ids])).logits[0, -1] for ids, _ in test._questions()]
+            logits = [model(torch.tensor([ids])).logits[0, -1] for ids, _ in test.questions()]
         said.append([bool(one[test.choices[0]] > one[test.choices[1]]) for one in logits])
         kl.append(scores(torch.stack(logits)))
     wanted = [question["answer"] for question in tiny.QUESTIONS]

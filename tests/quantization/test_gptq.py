@@ -277,10 +277,12 @@ def test_the_same_again_and_nothing_that_is_given_changes():
     before, hessian = weight.clone(), hessian_of(tokens)
     matrix = hessian.matrix
     one, two = (round_gptq("a", weight, hessian, 4, False, 32, Gptq(act_order=True, mse=2.4)) for _ in range(2))
-    fresh = round_gptq("a", weight, hessian_of(tokens), 4, False, 32, Gptq(act_order=True, mse=2.4))
+    spent = hessian_of(tokens)
+    fresh = round_gptq("a", weight, spent, 4, False, 32, Gptq(act_order=True, mse=2.4), last=True)
     for field in ("codes", "scale", "offset", "fake", "g_idx"):
         assert torch.equal(getattr(one, field), getattr(two, field))
         assert torch.equal(getattr(one, field), getattr(fresh, field))
+    assert torch.equal(spent.diagonal, hessian.diagonal)
     assert torch.equal(weight, before)
     assert torch.equal(hessian.matrix, matrix)
 

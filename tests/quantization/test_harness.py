@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 from convert.cli import app
 from formats import open_checkpoint
 from formats.errors import UnreadableError, UsageError
-from quantize.blocks import inputs_of
+from quantize.blocks import advance
 from quantize.calibration import prompt
 from quantize.evaluation import evaluate_model
 from quantize.harness import evaluate_tasks
 from quantize.measure import Served
-from quantize.run import load_tokenizer, quantize_model
+from quantize.models import load_tokenizer
+from quantize.run import quantize_model
 
 IDS = torch.arange(3, 43)[None]
 
@@ -34,14 +35,9 @@ def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     states = served.blocks.begin([[ids]])
     for layer in range(6):
         with torch.no_grad(), served.blocks.stage(layer) as stage, served.simulation.on(stage):
-            states[0] = stage(**inputs_of(states[0], [ids])).logits
+            advance(stage, states, [[ids]])
     (found,) = served.blocks.logits(states)
     return found
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.model_folder(tmp_path_factory.mktemp("model") / "tinylm")
 
 
 @pytest.fixture(scope="module")

@@ -66,8 +66,7 @@ def test_layers_are_those_of_the_whole_model(
     calibrator.run()
     wanted = tensors_of(calibrator)
 
-    disabled = frozenset(config().disable_names or ())
-    run = LayerRun(Blocks.open(tiny.TINYLM), Job(config(), mix, smooth, level), SAMPLES, disabled, tmp_path if on_disk else None)
+    run = LayerRun(Blocks.open(tiny.TINYLM), Job(config(), mix, smooth, level), SAMPLES, tmp_path if on_disk else None)
     floats = frozenset(run.wildest(lambda what, done, of: None)) if level else frozenset()
     run.begin()
     found: tuple[dict[str, Any], dict[str, str]] = ({}, {})
@@ -90,16 +89,6 @@ def test_layers_are_those_of_the_whole_model(
 
 def recipe(text: str = "quant: {mm_tensor: false}\nanti_outlier: {anti_method: m4}\nkv_quant: {kv_sym: false}\ndisable_level: L2") -> Any:
     return loads(text, "mine")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.model_folder(tmp_path_factory.mktemp("source") / "tinylm")
-
-
-@pytest.fixture(scope="module")
-def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.questions(tmp_path_factory.mktemp("calib") / "boolq.jsonl")
 
 
 @pytest.mark.parametrize("to", ["msmodelslim", "msmodelslim:ascendv1", "compressed-tensors"])

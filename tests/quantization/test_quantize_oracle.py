@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import goldens
 import numpy as np
 import pytest
 import torch
+from interpreters import interpreter
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -129,7 +129,7 @@ def of_the_tool(tmp_path_factory):
     make_qwen3().save_pretrained(folder / QWEN3)
     (folder / "settings.json").write_text(json.dumps({name: setting(name, folder) for name in SETTINGS | SMOOTHED}))
     script = Path(__file__).parent / "msmodelslim_settings.py"
-    command = [os.environ["WEIGHBRIDGE_ORACLE_MSMODELSLIM"], str(script), "settings.json", "."]
+    command = [interpreter("msmodelslim"), str(script), "settings.json", "."]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     return folder

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from typer.testing import CliRunner
 
 import convert
+import quantize.layerwise
 import quantize.run
 from convert.cli import app
 from formats import open_checkpoint
@@ -26,25 +27,16 @@ from formats.errors import DestinationError, RefusedError, UnreadableError, Usag
 from formats.ir import dequantize
 from quantize import Calibrator, QuantConfig
 from quantize.blocks import Weights
+from quantize.models import load_model, load_tokenizer
 from quantize.plots import draw
 from quantize.progress import LayerFigures, blocks, shown
 from quantize.recipe import RECIPES, load, loads
 from quantize.rounded_tiles import Rounding
-from quantize.run import load_model, load_tokenizer, quantize_model
+from quantize.run import quantize_model
 from quantize.streamed import quantize_streamed, round_folder, rounding_of
 
 LINEARS = 6 * 7
 IDS = torch.arange(3, 27).reshape(1, -1)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.model_folder(tmp_path_factory.mktemp("model") / "tinylm")
-
-
-@pytest.fixture(scope="module")
-def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.questions(tmp_path_factory.mktemp("calib") / "calib.jsonl")
 
 
 def digest(folder: Path) -> str:
@@ -359,14 +351,43 @@ def test_destinations_that_are_there(source: Path, tmp_path: Path, monkeypatch: 
     assert not (source / "out").exists()
 
 
-@pytest.mark.parametrize(("name", "to", "words"), [("w8a8", "awq", "needs 8-bit"), ("w8a8-kv8", "compressed-tensors", "kv-cache-dropped")])
+GROUPS = "w_bit: 4, a_bit: 16, is_lowbit: true, open_outlier: false, group_size: 64"
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "words"),
+    [
+        ("w8a8", "awq", "needs 8-bit"),
+        ("w8a8-kv8", "compressed-tensors", "kv-cache-dropped"),
+        (loads(f"quant: {{{GROUPS}, w_method: GPTQ}}\ngptq: {{act_order: true}}"), "msmodelslim", r"irregular g_idx \(act order\)"),
+    ],
+    ids=["w8a8 awq", "kv8 compressed-tensors", "act order msmodelslim"],
+)
 def test_what_the_format_cannot_hold_is_refused_before_calibration(
-    name: str, to: str, words: str, source: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: Any, to: str, words: str, source: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Calibrator, "run", lambda *_, **__: pytest.fail("was calibrated"))
+    monkeypatch.setattr(quantize.run, "_way", lambda *_, **__: pytest.fail("was calibrated"))
     with pytest.raises(RefusedError, match=words):
         quantize_model(source, tmp_path / "out", name, to, calib=calib)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("quant: {disable_names: [model.layers.9.mlp.up_proj]}", r"disable_names: 'model\.layers\.9\.mlp\.up_proj' is no linear"),
+        ("quant: {disable_names: [model.layers.9.self_attn]}\nfa_quant: {}", r"disable_names: 'model\.layers\.9\.self_attn' is no linear"),
+        ("quant: {}\nanti_outlier: {anti_method: m4, disable_anti_names: [model.layers.9.up]}", r"disable_anti_names: 'model\.layers\.9"),
+        ("quant: {nonuniform: true}", "nonuniform is not supported"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_the_first_layer(
+    text: str, words: str, source: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize.layerwise.LayerRun, "begin", lambda self: pytest.fail("was begun"))
+    with pytest.raises(UsageError, match=words):
+        quantize_model(source, tmp_path / "out", loads(text), "msmodelslim", calib=calib)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(source: Path, calib: Path, tmp_path: Path) -> None:

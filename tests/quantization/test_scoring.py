@@ -16,8 +16,9 @@ import convert
 from convert.cli import app
 from formats.errors import DestinationError, RefusedError, UsageError
 from quantize.calibration import calibration_data, prompt
+from quantize.models import load_model, load_tokenizer
 from quantize.recipe import loads
-from quantize.run import load_model, load_tokenizer, quantize_model
+from quantize.run import quantize_model
 from quantize.scoring import Choice, SampleScore, Scores, score_samples
 from quantize.streamed import Rounding, round_folder
 
@@ -27,11 +28,6 @@ TEXTS = [
     "Sockets carry bytes between hosts.",
     "def f(x): return x",
 ]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.model_folder(tmp_path_factory.mktemp("model") / "tinylm")
 
 
 @pytest.fixture(scope="module")

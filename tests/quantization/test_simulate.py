@@ -9,7 +9,6 @@ from typing import Any
 
 import plain
 import pytest
-import tiny
 import torch
 from checkpoints import change_json
 from safetensors.torch import load_file, save_file
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import convert
 from formats import Location, open_checkpoint
 from formats.errors import UnreadableError
-from quantize.blocks import inputs_of
+from quantize.blocks import advance
 from quantize.measure import Served
 from quantize.recipe import loads
 from quantize.run import quantize_model
@@ -36,7 +35,7 @@ def logits(served: Served, ids: torch.Tensor) -> torch.Tensor:
     states = served.blocks.begin([[ids[None]]])
     for layer in range(len(served.blocks)):
         with torch.no_grad(), served.blocks.stage(layer) as model, simulation.on(model):
-            states[0] = model(**inputs_of(states[0], [ids[None]])).logits
+            advance(model, states, [[ids[None]]])
     (found,) = served.blocks.logits(states)
     simulation.check()
     return found
@@ -76,16 +75,6 @@ def test_compressed_tensors_own_simulation(name: str) -> None:
 
 
 # --- plain code -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.model_folder(tmp_path_factory.mktemp("model") / "tinylm")
-
-
-@pytest.fixture(scope="module")
-def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.questions(tmp_path_factory.mktemp("calib") / "calib.jsonl")
 
 
 def stored(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -113,6 +113,11 @@ def test_a_stopped_search_goes_on(source: Path, texts: tuple[Path, Path], tmp_pa
         file.write('["cut')  # a line that a kill cut off
     with pytest.raises(DestinationError, match="holds the trials of another model, recipe or data"):
         tuned(source, texts, tmp_path / "tuned.yaml", 0.6, methods=(None,), recipe=loads(W8A8.replace("4", "5"), "mine"))
+    whole = kept.read_bytes()
+    kept.write_bytes(whole.replace(b'"ranges"', b'"rages"', 1))
+    with pytest.raises(DestinationError, match="line 2: is damaged, so its trials cannot be gone on with"):
+        tuned(source, texts, tmp_path / "tuned.yaml", 0.6, methods=(None,))
+    kept.write_bytes(whole)
     ran: list[Sequence[str]] = []
     run = Tuner._run
     monkeypatch.setattr(Tuner, "_run", lambda self, method, floats: ran.append(sorted(floats)) or run(self, method, floats))
@@ -147,6 +152,7 @@ def test_data_that_calibrated_is_noted(source: Path, texts: tuple[Path, Path], t
         ({"methods": ()}, "there is none to try"),
         ({"recipe": loads(W8A8 + "disable_level: L2\n", "mine")}, "disable_level is what is searched"),
         ({"recipe": loads("quant: {mm_tensor: false, disable_last_linear: false}", "mine")}, "trials go one layer at a time"),
+        ({"recipe": loads("quant: {disable_names: [model.layers.9.up]}", "mine")}, r"disable_names: 'model\.layers\.9\.up' is no linear"),
     ],
 )
 def test_requests_that_make_no_sense(change: dict[str, Any], words: str, source: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
