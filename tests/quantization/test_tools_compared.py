@@ -4,11 +4,13 @@ GPTQ beside GPTQModel 7.6.0, AWQ beside AutoAWQ 0.2.9, W8A8 beside llm-compresso
 kind that tinylm was trained on; it never saw that of ``evaluation.txt``. ``evaluate_model`` measures both folders, and for the first
 set of samples plain transformers does, with the tool's own decoding. Perplexity is no worse than the tool's, beyond what it varies by when
 other samples are calibrated with: three sets of windows, that share none. ``docs/benchmarks.md`` has the figures; ``-s`` prints them.
+Each tool is compared once; ``WEIGHBRIDGE_COMPARE=1`` adds settings of GPTQ and a model with outliers.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from statistics import mean, variance
 from typing import NamedTuple
@@ -95,6 +97,9 @@ CASES = {
 }
 
 
+COMPARED = list(CASES) if os.environ.get("WEIGHBRIDGE_COMPARE") else ["gptq", "awq", "w8a8"]
+
+
 class Found(NamedTuple):
     ours: list[float]
     theirs: list[float]
@@ -162,14 +167,14 @@ def found_of(sources, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", COMPARED)
 def test_no_worse_than_the_tool(name, found_of):
     ours, theirs, _ = found_of(name)
     noise = CONFIDENT * math.sqrt((variance(ours) + variance(theirs)) / SEEDS)
     assert mean(ours) <= mean(theirs) + noise
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", COMPARED)
 def test_plain_transformers_says_the_same_perplexity(name, found_of):
     ours, theirs, judged = found_of(name)
     assert judged == pytest.approx((ours[0], theirs[0]), rel=1e-3)
