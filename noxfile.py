@@ -214,16 +214,16 @@ def quantize(session: nox.Session) -> None:
     """``quantize`` beside the real msModelSlim 26.1.0, AutoAWQ 0.2.9, AutoGPTQ 0.7.1, GPTQModel 7.6.0 and llm-compressor 0.12.0.2.
 
     After the sessions of these (llm-compressor's is compressed_tensors). msModelSlim's numbers are equal bit for bit; the others' but for
-    ties; and whole models that we quantize by GPTQ, AWQ and W8A8 are no worse than the tools' on held-out text. Without their environments
-    the tests of these are skipped, or fail in CI. WEIGHBRIDGE_COMPARE=1 compares more models and settings.
+    ties; and whole models that we quantize by GPTQ, AWQ and W8A8 are no worse than the tools' on held-out text.
+    lm-evaluation-harness 0.4.13 is in this environment. Without the others' the tests of these are skipped, or fail in CI. WEIGHBRIDGE_COMPARE=1 compares more models and settings.
     """
     home = Path(session.virtualenv.location)
     stamp, project = home / "weighbridge-requirements.sha256", Path(__file__).parent / "pyproject.toml"
-    pins = (TORCH, "transformers==4.57.1")  # those of msModelSlim's environment
+    pins = (TORCH, "transformers==4.57.1", "--editable", ".[test,quantize,eval]")  # msModelSlim's environment has the same of both
     digest = hashlib.sha256(" ".join(pins).encode() + project.read_bytes() + str(project).encode()).hexdigest()
     if not (stamp.exists() and stamp.read_text("ascii") == digest):
         session.install(TORCH)
-        session.install(*pins, "--editable", ".[test,quantize]")
+        session.install(*pins)
         stamp.write_text(digest, "ascii")
     named = ("msmodelslim", "autoawq", "autogptq", "gptqmodel", "compressed_tensors")
     tools = {tool: cache_folder() / "oracles" / tool / "bin" / "python" for tool in named}

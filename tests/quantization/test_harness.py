@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from interpreters import library
 from typer.testing import CliRunner
 
 from convert.cli import app
@@ -116,7 +117,7 @@ def test_the_command_line(source: Path, stand_in: list[Any]) -> None:
 
 def test_the_real_harness_says_what_evaluate_says(source: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tasks of its own kinds on the same prompts and answers: accuracy, and how likely the right answers are. Nothing is fetched."""
-    pytest.importorskip("lm_eval")
+    library("lm_eval")
     data = tiny.questions(tmp_path / "data" / "q.jsonl")
     common = {
         "dataset_path": "json",
