@@ -195,7 +195,7 @@ def _plan_facts(plan: Plan, tp: int) -> FolderFacts:
                 deq_dtype=dict(target.derived).get("deq_scale", ""),
             )
         )
-    files = tuple(file.name for file in plan.files)
+    files = tuple(part.name for part in plan.parts)
     index = () if plan.index is None else (plan.index,)
     names = (*files, *index, *(name for name in written if name != "quantization_config"))
     model = plan.model

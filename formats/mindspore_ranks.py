@@ -29,7 +29,7 @@ import xxhash
 from .errors import RefusedError, UnreadableError
 from .files import Read, Readable, ReadableFile
 from .mindspore_file import MindSporeFile
-from .protobuf import LENGTH, VARINT, Field, WireReader
+from .protobuf import LENGTH, VARINT, Field, WireReader, bytes_field, varint_field
 from .safetensors_file import DTYPES, SourceFile, TensorInfo, TensorTable
 
 _MOST = 64 << 20
@@ -46,6 +46,16 @@ class ParameterLayout:
     def counts(self) -> tuple[int, ...]:
         """Parts along each axis."""
         return tuple(1 if axis < 0 else self.devices[-1 - axis] for axis in self.split)
+
+    def grid(self) -> tuple[int, int]:
+        """Parts along rows and columns of the stored tensor; a vector is one row."""
+        counts = self.counts()
+        return (1, counts[0]) if len(counts) == 1 else (*counts, 1, 1)[:2]  # type: ignore[return-value]
+
+    def cell(self, rank: int) -> tuple[int, int]:
+        """(row, column) of the part in ``grid`` that a rank holds."""
+        place = self.place(rank)
+        return (0, place[0]) if len(place) == 1 else (*place, 0, 0)[:2]  # type: ignore[return-value]
 
     def place(self, rank: int) -> tuple[int, ...]:
         """Which part along each axis a rank holds."""
@@ -76,6 +86,17 @@ def read_strategy(path: Path) -> dict[str, ParameterLayout]:
     if not found:
         raise UnreadableError(f"{path.name}: says how no parameter is split; give the strategy file of the run that saved the ranks")
     return found
+
+
+def strategy_bytes(layouts: Mapping[str, ParameterLayout]) -> bytes:
+    """A strategy file of these layouts. MindSpore's own merge leaves out what it says nothing of, so it must name every parameter."""
+    items = []
+    for name, layout in layouts.items():
+        lists = [b"".join(varint_field(1, number % (1 << 64)) for number in numbers) for numbers in (layout.devices, layout.split, (), ())]
+        said = b"".join(bytes_field(number, content) for number, content in enumerate(lists, 1))
+        said += b"".join(varint_field(number, 0) for number in (5, 6, 7))
+        items.append(bytes_field(3, bytes_field(1, name.encode()) + bytes_field(2, said)))
+    return varint_field(1, 0) + b"".join(items)
 
 
 def _messages(wire: WireReader, outer: Field) -> dict[int, Field]:
@@ -135,15 +156,16 @@ class RankedData(Readable):
         self._begins: list[int] = []
         self._extents: list[_Extent] = []
 
-    def add(self, info: TensorInfo, counts: tuple[int, int], parts: Sequence[Sequence[tuple[Readable, TensorInfo]]]) -> int:
-        """Take a tensor that is cut into ``counts`` (rows, columns) of ``parts`` of the size of ``info``; its first address."""
-        item = DTYPES[info.dtype].itemsize
+    def add(self, info: TensorInfo, layout: ParameterLayout, parts: Sequence[tuple[Readable, TensorInfo]]) -> int:
+        """Take a tensor of which every rank holds a part of the size of ``info``, in the order of the ranks; its first address."""
+        item, counts = DTYPES[info.dtype].itemsize, layout.grid()
         high = info.shape[0] if len(info.shape) > 1 else 1
         wide = info.nbytes // max(1, high)
-        if len(info.shape) == 1:  # a vector is one row, however it is cut
-            counts, parts = (1, counts[0]), [[row[0] for row in parts]]
         begin, total = self.size, info.nbytes * counts[0] * counts[1]
-        places = tuple(tuple((file, part.begin) for file, part in row) for row in parts)
+        found: dict[tuple[int, int], tuple[Readable, int]] = {}
+        for rank, (file, part) in enumerate(parts):
+            found.setdefault(layout.cell(rank), (file, part.begin))
+        places = tuple(tuple(found[row, column] for column in range(counts[1])) for row in range(counts[0]))
         self._begins.append(begin)
         self._extents.append(_Extent(begin, begin + total, wide * counts[1], max(high, 1), max(wide, item), places))
         self.size += total
@@ -210,8 +232,7 @@ class RankedFile:
         counts = layout.counts()
         if any(count > 1 for count in counts[2:]):
             raise RefusedError(f"{name}: is split along axis 3 or later, which is not read; merge the ranks with MindSpore")
-        rows, columns = (*counts, 1, 1)[:2]
-        found: dict[tuple[int, int], tuple[Readable, TensorInfo]] = {}
+        parts: list[tuple[Readable, TensorInfo]] = []
         for rank, file in enumerate(self.files):
             other = file.tensors.get(name)
             if (
@@ -223,9 +244,7 @@ class RankedFile:
                 raise UnreadableError(
                     f"{name}: {what} in rank {rank}, and {info.dtype} {list(info.shape)} in rank 0; a rank is of another run"
                 )
-            row, column = (*layout.place(rank), 0, 0)[:2]
-            found.setdefault((row, column), (file.data, other))
-        parts = [[found[row, column] for column in range(columns)] for row in range(rows)]
-        begin = self.data.add(info, (rows, columns), parts)
+            parts.append((file.data, other))
+        begin = self.data.add(info, layout, parts)
         shape = tuple(length * count for length, count in zip(info.shape, counts, strict=True))
-        self.tensors.add(name, info.dtype, shape, begin, begin + info.nbytes * rows * columns)
+        self.tensors.add(name, info.dtype, shape, begin, begin + info.nbytes * math.prod(counts))

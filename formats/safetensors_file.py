@@ -500,6 +500,10 @@ class OutputFile:
     def shared(self) -> tuple[tuple[str, ...], ...]:
         return ()
 
+    @property
+    def parts(self) -> tuple[OutputFile]:
+        return (self,)
+
     def pieces(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         return ((offset, length),)
 
