@@ -24,8 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from .errors import RefusedError, UnreadableError
 from .files import Read, Readable, ReadableFile
 from .mindspore_file import MindSporeFile
@@ -138,7 +136,10 @@ def _numbers(wire: WireReader, outer: Field) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Extent:
-    """A whole tensor's addresses. rows, width: of it, and high, wide: of each part, widths in bytes; parts: (file, byte) by row, column."""
+    """A whole tensor's addresses. width: of it, and high, wide: of each part, widths in bytes; parts: (file, byte) by row, column.
+
+    head   see ``RankedData.add``
+    """
 
     begin: int
     end: int
@@ -146,6 +147,14 @@ class _Extent:
     high: int
     wide: int
     parts: tuple[tuple[tuple[Readable, int], ...], ...]
+    head: int = 0
+
+    def stored_row(self, row: int) -> int:
+        """Where a row is stored."""
+        if not self.head:
+            return row
+        pair, at = divmod(row % self.head, self.head // 2)
+        return row // self.head * self.head + 2 * at + pair
 
 
 class RankedData(Readable):
@@ -156,8 +165,11 @@ class RankedData(Readable):
         self._begins: list[int] = []
         self._extents: list[_Extent] = []
 
-    def add(self, info: TensorInfo, layout: ParameterLayout, parts: Sequence[tuple[Readable, TensorInfo]]) -> int:
-        """Take a tensor of which every rank holds a part of the size of ``info``, in the order of the ranks; its first address."""
+    def add(self, info: TensorInfo, layout: ParameterLayout, parts: Sequence[tuple[Readable, TensorInfo]], head: int = 0) -> int:
+        """Take a tensor of which every rank holds a part of the size of ``info``, in the order of the ranks; its first address.
+
+        head   rows of an attention head, whose rows m and m + head / 2 are stored as rows 2m and 2m + 1; 0: as they are
+        """
         item, counts = DTYPES[info.dtype].itemsize, layout.grid()
         high = info.shape[0] if len(info.shape) > 1 else 1
         wide = info.nbytes // max(1, high)
@@ -167,7 +179,7 @@ class RankedData(Readable):
             found.setdefault(layout.cell(rank), (file, part.begin))
         places = tuple(tuple(found[row, column] for column in range(counts[1])) for row in range(counts[0]))
         self._begins.append(begin)
-        self._extents.append(_Extent(begin, begin + total, wide * counts[1], max(high, 1), max(wide, item), places))
+        self._extents.append(_Extent(begin, begin + total, wide * counts[1], max(high, 1), max(wide, item), places, head))
         self.size += total
         return begin
 
@@ -179,11 +191,12 @@ class RankedData(Readable):
             while view:
                 extent = self._extents[bisect.bisect_right(self._begins, address) - 1]
                 row, at = divmod(address - extent.begin, extent.width)
+                row = extent.stored_row(row)
                 column = at // extent.wide
                 file, begin = extent.parts[row // extent.high][column]
                 within = row % extent.high * extent.wide + at % extent.wide
                 left = extent.wide - at % extent.wide
-                if extent.width == extent.wide:  # whole rows follow one another
+                if extent.width == extent.wide and not extent.head:  # whole rows follow one another
                     left = extent.high * extent.wide - within
                 length = min(len(view), left)
                 file.read_into(view[:length], begin + within)
@@ -208,14 +221,7 @@ class RankedFile:
         self.data = RankedData(files[0])
         for name, info in first.tensors.items():
             self._add(name, info, strategy.get(name))
-        digest = xxhash.xxh3_128_hexdigest("".join(file.identity.digest for file in self.files).encode())
-        identities = [file.identity for file in self.files]
-        self.identity = SourceFile(
-            f"{files[0].name} and {len(files) - 1} more ranks",
-            sum(one.size for one in identities),
-            max(one.mtime_ns for one in identities),
-            digest,
-        )
+        self.identity = SourceFile.joined([file.identity for file in self.files])
 
     def unchanged(self) -> bool:
         """Whether every rank's file still is the one that was opened."""
