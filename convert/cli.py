@@ -269,7 +269,11 @@ def clean(
 def check(
     path: str = typer.Argument(..., help="A checkpoint's folder."),
     consumer: str = typer.Option(
-        ..., "--for", metavar="CONSUMER", help="transformers, autoawq, autogptq, gptqmodel, vllm, sglang, lmdeploy, vllm-ascend, mindie."
+        ...,
+        "--for",
+        metavar="CONSUMER",
+        help="transformers, autoawq, autogptq, gptqmodel, vllm, sglang, lmdeploy, vllm-ascend, mindie, mindformers, mindformers-1.6, "
+        "mindformers-2.",
     ),
     tp: int = typer.Option(1, "--tp", min=1, help="Ranks of tensor parallelism."),
     json: bool = JSON,

@@ -71,7 +71,8 @@ def _target(to: str, consumer: str | None) -> tuple[FormatSpec, Variant, bool]:
         if consumer not in CONSUMERS:
             raise UsageError(f"--for {consumer}: there is no such consumer; there are {', '.join(CONSUMERS)}")
         dialect = spec.variant(consumer)
-        variant, named = (dialect, True) if dialect is not None and not named else (variant, named)
+        preferred = spec.variant(CONSUMERS[consumer].prefers) if CONSUMERS[consumer].prefers and not named else None
+        variant, named = (dialect, True) if dialect is not None and not named else (preferred or variant, named)
     check_writable(spec, variant)
     return spec, variant, named
 
