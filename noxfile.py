@@ -214,8 +214,9 @@ def quantize(session: nox.Session) -> None:
     """``quantize`` beside the real msModelSlim 26.1.0, AutoAWQ 0.2.9, AutoGPTQ 0.7.1, GPTQModel 7.6.0 and llm-compressor 0.12.0.2.
 
     After the sessions of these (llm-compressor's is compressed_tensors). msModelSlim's numbers are equal bit for bit; the others' but for
-    ties; and whole models that we quantize by GPTQ, AWQ and W8A8 are no worse than the tools' on held-out text.
-    lm-evaluation-harness 0.4.13 is in this environment. Without the others' the tests of these are skipped, or fail in CI. WEIGHBRIDGE_COMPARE=1 compares more models and settings.
+    ties; and whole models that we quantize by GPTQ, AWQ and W8A8 are no worse than the tools' on held-out text: each tool once, more models
+    and settings with WEIGHBRIDGE_COMPARE=1. lm-evaluation-harness 0.4.13 is in this session's own environment. Without the others, tests
+    of these are skipped, or fail in CI.
     """
     home = Path(session.virtualenv.location)
     stamp, project = home / "weighbridge-requirements.sha256", Path(__file__).parent / "pyproject.toml"

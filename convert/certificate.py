@@ -37,7 +37,7 @@ def certificate(result: Result) -> dict[str, Any]:
             "format": plan.source_name,
             "files": [{"name": file.name, "size": file.size, "header": file.digest} for file in plan.checkpoint.files],
         },
-        "target": {"format": plan.target_name, "files": [{"name": file.name, "size": file.size} for file in plan.files]},
+        "target": {"format": plan.target_name, "files": [{"name": part.name, "size": part.size} for part in plan.parts]},
         "options": plan.options,
         "moves": plan.move_counts(),
         "losses": [asdict(loss) for loss in result.losses],

@@ -141,9 +141,12 @@ def _stored_facts(location: Location, tensors: TensorSet, stored: list[StoredLay
     return FolderFacts(spelling, "gemm" if spelling == "awq" else version, configs, files, location.names, layers, floats, tp=tp)
 
 
-def consumers_of(plan: Plan, tp: int = 1) -> dict[str, list[str]]:
-    """For every consumer, the codes of what it would miss in the folder that ``plan`` writes; none if it would load it."""
-    facts = _plan_facts(plan, tp)
+def consumers_of(plan: Plan, tp: int | None = None) -> dict[str, list[str]]:
+    """For every consumer, the codes of what it would miss in the folder that ``plan`` writes; none if it would load it.
+
+    tp   ranks of tensor parallelism; None: those that the folder is written for
+    """
+    facts = _plan_facts(plan, tp or plan.model.ranks)
     result = {}
     for name, consumer in CONSUMERS.items():
         rows = consumer.formats.get(facts.format)
@@ -158,7 +161,7 @@ def unmet_by(plan: Plan, consumer: str) -> list[Refusal]:
     if rows is None:
         hint = f"write what it reads: --to {' or --to '.join(wanted.formats)}"
         return [Refusal("format", "the folder", plan.target_name, f"{offers} does not read it", hint)]
-    facts, found = _plan_facts(plan, 1), []
+    facts, found = _plan_facts(plan, plan.model.ranks), []
     for row in rows:
         if (unmet := _compare(row, facts, "DIR")) is not None:
             more = f" and {unmet.count - 1} more" if unmet.count > 1 else ""
@@ -195,7 +198,7 @@ def _plan_facts(plan: Plan, tp: int) -> FolderFacts:
                 deq_dtype=dict(target.derived).get("deq_scale", ""),
             )
         )
-    files = tuple(file.name for file in plan.files)
+    files = tuple(part.name for part in plan.parts)
     index = () if plan.index is None else (plan.index,)
     names = (*files, *index, *(name for name in written if name != "quantization_config"))
     model = plan.model

@@ -23,6 +23,7 @@ from .cli_options import (
     SHARD,
     STRICT,
     TO,
+    TP,
 )
 from .cli_quantize import analyze, calibration, evaluate, quantize, tune
 from .printing import (
@@ -105,6 +106,7 @@ def plan(
     scale_dtype: str | None = SCALE_DTYPE,
     serve_dtype: str | None = SERVE_DTYPE,
     qkv_concat: bool = QKV_CONCAT,
+    tp: int = TP,
     consumer: str | None = CONSUMER,
     gptq_zeros: str | None = GPTQ_ZEROS,
     max_shard_size: str = SHARD,
@@ -126,6 +128,7 @@ def plan(
         max_shard_size=parse_size(max_shard_size),
         serve_dtype=serve_dtype,
         qkv_concat=qkv_concat,
+        tp=tp,
         consumer=consumer,
         gptq_zeros=gptq_zeros,
         jobs=jobs,
@@ -151,6 +154,7 @@ def convert(
     scale_dtype: str | None = SCALE_DTYPE,
     serve_dtype: str | None = SERVE_DTYPE,
     qkv_concat: bool = QKV_CONCAT,
+    tp: int = TP,
     consumer: str | None = CONSUMER,
     gptq_zeros: str | None = GPTQ_ZEROS,
     max_shard_size: str = SHARD,
@@ -174,6 +178,7 @@ def convert(
         max_shard_size=parse_size(max_shard_size),
         serve_dtype=serve_dtype,
         qkv_concat=qkv_concat,
+        tp=tp,
         consumer=consumer,
         gptq_zeros=gptq_zeros,
         jobs=jobs,
@@ -264,7 +269,11 @@ def clean(
 def check(
     path: str = typer.Argument(..., help="A checkpoint's folder."),
     consumer: str = typer.Option(
-        ..., "--for", metavar="CONSUMER", help="transformers, autoawq, autogptq, gptqmodel, vllm, sglang, lmdeploy, vllm-ascend, mindie."
+        ...,
+        "--for",
+        metavar="CONSUMER",
+        help="transformers, autoawq, autogptq, gptqmodel, vllm, sglang, lmdeploy, vllm-ascend, mindie, mindformers, mindformers-1.6, "
+        "mindformers-2.",
     ),
     tp: int = typer.Option(1, "--tp", min=1, help="Ranks of tensor parallelism."),
     json: bool = JSON,

@@ -42,3 +42,4 @@ DATA_TEMPLATE = typer.Option(
     None, "--template", help="How an object becomes a text: boolq, text, prompt, ... or keys in braces. Default: the one that fits."
 )
 QKV_CONCAT = typer.Option(False, "--qkv-concat", help="mindspore only: store q, k and v as one, and gate and up.")
+TP = typer.Option(1, "--tp", min=1, help="mindspore only: ranks of tensor parallelism, a file for each.")

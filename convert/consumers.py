@@ -50,6 +50,7 @@ from .requirements import (
     one_file,
     only_in,
     part,
+    rank_for_each,
     right_version,
     says_group_size,
     says_quantize,
@@ -64,18 +65,23 @@ from .requirements import (
     version_word,
     whole_groups,
     without_key,
+    yaml_beside,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """One tool that loads checkpoints. ``formats``: requirements by the format that it reads; a format that is not there it does not."""
+    """One tool that loads checkpoints. ``formats``: requirements by the format that it reads; a format that is not there it does not.
+
+    instead   what to convert to that it reads; prefers: the variant of that format that is written for it
+    """
 
     name: str
     version: str
     formats: Mapping[str, tuple[Requirement, ...]]
     source: str = ""
     instead: str = "gptq"
+    prefers: str = ""
 
 
 SPEC = "source of "
@@ -286,6 +292,14 @@ _VLLM_GPTQ = (
     lm_head_said(SPEC + "lm_head is read, vllm 0.33.0"),
     standard_names("vllm 0.33.0 looks for model.safetensors or an index"),
 )  # fmt: skip
+
+
+def _float_inputs(layer: LayerFacts) -> str | None:
+    return None if layer.inputs and layer.bits == 8 else f"{layer.bits}-bit weights" + ("" if layer.inputs else " alone")
+
+
+_MINDFORMERS = "measured, mindformers 1.3.2 with mindspore_gs 0.6.0: "
+_MINDFORMERS_16 = "measured, mindformers 1.6.0 with mindspore_gs 1.2.0: "
 
 CONSUMERS: dict[str, Consumer] = {
     consumer.name: consumer
@@ -530,6 +544,45 @@ CONSUMERS: dict[str, Consumer] = {
                 "dense": ORDINARY,
             },
             source="msModelSlim's description, MindIE", instead="msmodelslim --for mindie",
+        ),
+        Consumer(
+            "mindformers", "1.3.2 with Golden Stick 0.6.0",
+            {
+                "mindspore": (
+                    variant(("gs0.6", "float"), _MINDFORMERS + "parameters are found by name, and int4 means float without a word",
+                            "weighbridge convert {dir} OUT --to mindspore:gs0.6"),
+                    value("config.json", "model_type", ("llama", "qwen2", None),
+                          SPEC + "LlamaForCausalLM and Qwen2's research model, mindformers 1.3.2", TO_DENSE),
+                    yaml_beside(SPEC + "AutoModel.from_pretrained and the predict scripts, mindformers 1.3.2"),
+                    rank_for_each(SPEC + "trainer/utils.py loads rank_N on card N, mindformers 1.3.2 (not run)"),
+                ),
+            },
+            source=SPEC + "MindSpore's .ckpt files, mindformers 1.3.2", instead="mindspore:gs0.6", prefers="gs0.6",
+        ),
+        Consumer(
+            "mindformers-1.6", "1.6.0 with Golden Stick 1.2.0",
+            {
+                "mindspore": (
+                    variant(("gs1.2", "float"), _MINDFORMERS_16 + "parameters are found by name",
+                            "weighbridge convert {dir} OUT --to mindspore:gs1.2"),
+                    yaml_beside(SPEC + "its networks are built from YAML, mindformers 1.6.0"),
+                    rank_for_each(SPEC + "as 1.3.2, mindformers 1.6.0 (not run)"),
+                ),
+            },
+            source=SPEC + "MindSpore's .ckpt files, mindformers 1.6.0", instead="mindspore:gs1.2", prefers="gs1.2",
+        ),
+        Consumer(
+            "mindformers-2", "2.1.0",
+            {
+                "mindspore": (
+                    variant(("hf",), SPEC + "quantized folders have Hugging Face's names since 1.7; mindformers 2.1.0 (not run)",
+                            "weighbridge convert {dir} OUT --to mindspore:hf"),
+                    Requirement("type", by_layer(_float_inputs), "W8A8 or W8A8_DYNAMIC", REQUANTIZE,
+                                SPEC + "GoldenStickConfig has W8A8, W8A8_DYNAMIC and W4A8_DYNAMIC, mindformers 2.1.0 (not run)"),
+                ),
+                "dense": ORDINARY,
+            },
+            source=SPEC + "GoldenStickConfig, mindformers 2.1.0 (not run)", instead="mindspore:hf", prefers="hf",
         ),
     )
 }  # fmt: skip

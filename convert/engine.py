@@ -27,12 +27,13 @@ from .folder import check_carried, write_sidecars
 from .journal import Key, TileRecord
 from .matrices import Matrix, counts_as_none
 from .options import Options
+from .outputs import Places, Syncer, output_of
 from .planning import plan
 from .proof import Comparison, Fingerprint, Found, compare_tile, join
 from .records import Loss, Plan
 from .requantize import RequantizingWriter
 from .staged import open_staged
-from .staging import Output, Places, Staging, Syncer, staging
+from .staging import Staging, staging
 from .tiling import tiles_of
 from .writing import LayerWriter, PlainWriter, Writer
 
@@ -140,7 +141,7 @@ def run(
     expect_work(plan.codes)
     sources = [plan.checkpoint.location.folder] + ([] if plan.base is None else [plan.base.folder])
     with staging(Path(dst), plan.target_bytes, sources, overwrite) as stage:
-        resumed = stage.begin(_what(plan, proof), {file.name: file.size for file in plan.files})
+        resumed = stage.begin(_what(plan, proof), {part.name: part.size for part in plan.parts})
         with ThreadPoolExecutor(plan.memory.jobs) as pool:
             engine = _Engine(plan, stage, pool, proof, progress or (lambda done: None))
             try:
@@ -193,7 +194,7 @@ class _Engine:
         self.plan, self.stage, self.pool, self.progress = plan, stage, pool, progress
         self.left, self.right = Fingerprint(), Fingerprint()
         self.rounded: list[Comparison] = []
-        self.outputs = [Output(stage.model, file) for file in plan.files]
+        self.outputs = [output_of(stage.model, file) for file in plan.files]
         for output in self.outputs:
             output.make()
         self.layers = {layer.target.name: layer for layer in plan.layers}

@@ -45,6 +45,12 @@ def configs(plan: Plan) -> dict[str, dict[str, Any]]:
     return {"config.json": _with_quantization(config, quantization, plan.model.model_dtype) | dict(keys), **kept}
 
 
+def _says_quantization(plan: Plan) -> bool:
+    """Whether the target's config.json speaks of quantization."""
+    assert plan.spec.quantization_config is not None
+    return plan.spec.quantization_config(plan.model, plan.variant.name)[1] is not None
+
+
 def check_carried(location: Location, patterns: Sequence[str] = ("config.json", *CARRIED)) -> None:
     """UnreadableError if a file that would be carried is a link out of the folder (its secret would end up in the copy), or huge.
 
@@ -78,9 +84,8 @@ def write_sidecars(plan: Plan, folder: Path) -> list[str]:
             file.writelines(index_pieces(plan.files))
     carried = _carry(base, folder)
     if "config.json" not in written:
-        missing.append(
-            "config.json: pass --base-model with the float model's folder, or copy its config.json and add our quantization config to it"
-        )
+        added = " and add our quantization config to it" if _says_quantization(plan) else ""
+        missing.append(f"config.json: pass --base-model with the float model's folder, or copy its config.json{added}")
     elif not any(name.startswith("tokenizer") or name.endswith(".model") for name in carried):
         missing.append("tokenizer files: there are none beside config.json")
     missing += plan.spec.missing(plan.model, plan.variant.name)

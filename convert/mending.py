@@ -25,8 +25,9 @@ from formats.stored_tensor import raw_chunks
 
 from .ailments import examine
 from .folder import check_carried
+from .outputs import write_all
 from .patient import INSIDE, QUANTIZE, Ailment, Cure, Patient
-from .staging import MODEL_FILES, staging, write_all
+from .staging import MODEL_FILES, staging
 
 if TYPE_CHECKING:
     from formats.safetensors_file import StoredFile

@@ -17,7 +17,7 @@ def notes_of(
     found: list[str] = []
     if exempt := sum(file.exempt for file in checkpoint.tensors.files):
         found.append(
-            f"--max-memory does not bind what torch does with .bin files: up to {exempt / 1e9:.2f} GB more may be held; "
+            f"--max-memory does not bind what torch does with .bin files from before 1.6: up to {exempt / 1e9:.2f} GB more may be held; "
             "save them as safetensors first if that is too much"
         )
     if ledger.odd:

@@ -35,6 +35,7 @@ class Options(TypedDict, total=False):
                    it requires and would not find is refused
     description    msModelSlim: the description JSON, if it is not beside the weights
     qkv_concat     mindspore only: store q, k and v as one, and gate and up
+    tp             mindspore only: ranks of tensor parallelism, each of which gets a file with its part of every tensor
     max_shard_size bytes of tensor data per output file; jobs: worker threads (None: the CPUs that may be used)
     max_memory     bytes of anonymous memory that the conversion may use over the bare interpreter; fewer workers run if it is little
     """
@@ -48,6 +49,7 @@ class Options(TypedDict, total=False):
     consumer: str | None
     description: str | os.PathLike[str] | None
     qkv_concat: bool
+    tp: int
     max_shard_size: int
     jobs: int | None
     max_memory: int
@@ -66,6 +68,7 @@ class Settings:
     consumer: str | None = None
     description: str | os.PathLike[str] | None = None
     qkv_concat: bool = False
+    tp: int = 1
     max_shard_size: int = DEFAULT_SHARD_BYTES
     jobs: int | None = None
     max_memory: int = DEFAULT_MEMORY
@@ -81,6 +84,8 @@ class Settings:
             raise UsageError(f"--serve-dtype {self.serve_dtype}: wanted float16 or bfloat16")
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"--jobs {self.jobs}: wanted 1 or more")
+        if self.tp < 1:
+            raise UsageError(f"--tp {self.tp}: wanted 1 or more")
         if self.max_shard_size < 1:
             raise UsageError(f"--max-shard-size {self.max_shard_size}: wanted a positive number of bytes")
 
@@ -90,6 +95,8 @@ class Settings:
             raise UsageError(f"--serve-dtype {self.serve_dtype}: wanted float16 or bfloat16, with --to msmodelslim")
         if self.qkv_concat and format != "mindspore":
             raise UsageError("--qkv-concat: says something to --to mindspore only")
+        if self.tp > 1 and format != "mindspore":
+            raise UsageError(f"--tp {self.tp}: says something to --to mindspore only; other engines split one folder as they load it")
 
     @property
     def workers(self) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from formats import Checkpoint, check_writable, find_format, open_checkpoint
 from formats.checkpoint import Location, float_linears, float_matrices, zeros_reading
 from formats.derived import bias_error, contradiction
-from formats.errors import RefusedError, UnreadableError, UsageError
+from formats.errors import RanksRefusedError, RefusedError, UnreadableError, UsageError
 from formats.ir import QuantizedLinear, QuantScheme, read
 from formats.laid_out import LaidOut
 from formats.layouts import expect_work
@@ -71,7 +71,8 @@ def _target(to: str, consumer: str | None) -> tuple[FormatSpec, Variant, bool]:
         if consumer not in CONSUMERS:
             raise UsageError(f"--for {consumer}: there is no such consumer; there are {', '.join(CONSUMERS)}")
         dialect = spec.variant(consumer)
-        variant, named = (dialect, True) if dialect is not None and not named else (variant, named)
+        preferred = spec.variant(CONSUMERS[consumer].prefers) if CONSUMERS[consumer].prefers and not named else None
+        variant, named = (dialect, True) if dialect is not None and not named else (preferred or variant, named)
     check_writable(spec, variant)
     return spec, variant, named
 
@@ -153,6 +154,7 @@ class Planner:
             model_config(self.checkpoint, self.base),
             _name_of(self.checkpoint.location) if self.base is None else self.base.folder.resolve().name,
             self.settings.qkv_concat,
+            self.settings.tp,
         )
         files = [] if self.ledger.refusals else self._lay_out(by_name, model)
         self.notes += notes_of(self.checkpoint, self.spec, self.variant, self.base, model, self.ledger)
@@ -162,6 +164,7 @@ class Planner:
             "scale_dtype": self.settings.scale_dtype or "default",
             "serve_dtype": self.settings.serve_dtype or "default",
             **({"qkv_concat": True} if self.settings.qkv_concat else {}),
+            **({"tp": self.settings.tp} if self.settings.tp > 1 else {}),
             "max_shard_size": self.settings.max_shard_size,
         }
         outputs = sum(len(file.tensors) for file in files)
@@ -196,7 +199,8 @@ class Planner:
             if tensor not in self.attention:
                 cache = ".kv_cache_" in tensor or ".paged_attention_mgr." in tensor or tensor.endswith(("k_scale", "v_scale"))
                 self.ledger.lose("kv-cache-dropped" if cache else "attention-dropped", 1.0, tensor)
-        renamed = self.dense and "mindspore" in {self.spec.name, self.checkpoint.format}  # float weights under other names
+        # float weights under other names, or in other files
+        renamed = self.dense and ("mindspore" in {self.spec.name, self.checkpoint.format} or self.checkpoint.variant == "meta")
         if not self.checkpoint.layer_names and not self.checkpoint.unsupported and not renamed:
             hint = "there is nothing to convert: copy the folder, or quantize it first"
             self.ledger.refuse("nothing", self.checkpoint.location.folder.name, "a quantized layer", "holds quantized layers", hint)
@@ -364,7 +368,10 @@ class Planner:
         except RefusedError as error:
             name, _, why = str(error).partition(": ")
             why, _, hint = why.rpartition("; ")
-            self.ledger.refuse("tensor", name, "a place in it", f"cannot hold it: {why}", hint)
+            if isinstance(error, RanksRefusedError):
+                self.ledger.refuse("ranks", name, f"a part for each of {self.settings.tp} ranks", f"cannot split it: {why}", hint)
+            else:
+                self.ledger.refuse("tensor", name, "a place in it", f"cannot hold it: {why}", hint)
             return []
 
     def _check_shared(self, shared: Sequence[tuple[str, ...]], layers: dict[str, LayerPlan]) -> None:

@@ -67,7 +67,7 @@ def print_plan(decided: Any, consumers: dict[str, list[str]]) -> None:
     if len(decided.refusals) > 20:
         echo(f"refused: ... and {len(decided.refusals) - 20} more (--json lists them)", err=True)
     if decided.files:
-        files = [[file.name, gigabytes(file.size), str(len(file.tensors))] for file in decided.files]
+        files = [[file.name, gigabytes(file.size), str(len(file.tensors))] for file in decided.parts]
         print_table("Output files", ["file", "bytes", "tensors"], files, right=(1, 2))
     for note in decided.notes:
         echo(f"note: {note}")

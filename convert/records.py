@@ -14,7 +14,7 @@ from formats import Checkpoint
 from formats.checkpoint import Entry, Location
 from formats.errors import RefusedError
 from formats.ir import QuantizedLinear, QuantScheme
-from formats.laid_out import LaidOut
+from formats.laid_out import LaidOut, LaidOutFile
 from formats.safetensors_file import NAMES
 from formats.spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
@@ -148,6 +148,11 @@ class Plan:
         return sum(file.size for file in self.files)
 
     @property
+    def parts(self) -> list[LaidOutFile]:
+        """Every file of ``files``, those of ranks one by one."""
+        return [part for file in self.files for part in file.parts]
+
+    @property
     def codes(self) -> int:
         """Weights in quantized layers: what the kernels will move."""
         return sum(layer.target.shape[0] * layer.target.shape[1] for layer in self.layers)
@@ -202,7 +207,7 @@ class Plan:
             "source": {"format": self.source_name, "files": [file.name for file in self.checkpoint.files], "bytes": self.source_bytes},
             "target": {
                 "format": self.target_name,
-                "files": [{"name": file.name, "bytes": file.size, "tensors": len(file.tensors)} for file in self.files],
+                "files": [{"name": file.name, "bytes": file.size, "tensors": len(file.tensors)} for file in self.parts],
                 "bytes": self.target_bytes,
                 "quantized_layers": len(self.layers),
                 "plain_tensors": len(self.plain),

@@ -5,6 +5,7 @@ A requirement is a predicate over facts that says where it is not met and what w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -390,6 +391,29 @@ def file_named(name: str, source: str, mend: str) -> Requirement:
     return Requirement(
         "file-names", lambda facts: [] if name in facts.names else [("the folder", f"no {name}")], f"a file {name}", mend, source
     )
+
+
+def yaml_beside(source: str) -> Requirement:
+    """A YAML file lies beside MindSpore's weights, from which the network is built."""
+    mend = "weighbridge convert {dir} OUT --to mindspore --base-model with the float model's folder"
+    return Requirement(
+        "file-names",
+        lambda facts: [] if any(name.endswith((".yaml", ".yml")) for name in facts.names) else [("the folder", "no YAML")],
+        "a predict_*.yaml beside the weights",
+        mend,
+        source,
+    )
+
+
+def rank_for_each(source: str) -> Requirement:
+    """A folder of ranks has one for each card."""
+
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        ranks = {found[0] for name in facts.names if (found := re.match(r"rank_\d+", name))}
+        return [("the folder", f"parts for {len(ranks)} ranks, on {facts.tp}")] if len(ranks) > 1 and len(ranks) != facts.tp else []
+
+    mend = "weighbridge convert {dir} OUT --to mindspore --tp with that number; or check with --tp as it is"
+    return Requirement("ranks", unmet, "one file, or a rank for each card", mend, source)
 
 
 PER_CHANNEL = frozenset({"W8A16", "W8A8", "W8A8_DYNAMIC", "W8A8_MIX"})

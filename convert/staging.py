@@ -12,32 +12,19 @@ import errno
 import fcntl
 import fnmatch
 import os
+import re
 import shutil
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from formats.errors import DestinationError, NotSameError, ReadFailedError
-from formats.ir import Array
-from formats.laid_out import LaidOut
-from formats.safetensors_file import TensorIndex, TensorInfo, TensorSet
-from formats.workspace import Workspace
+from formats.errors import DestinationError, ReadFailedError
 
 from .folder import CARRIED
 from .journal import Journal
 
 SUFFIX = ".weighbridge"
-SYNC_BYTES = 1 << 30
-"""Bytes after which what was written is brought to the disk: what a power cut costs at most."""
-
-
-READ_BACK = 1 << 20
-"""Bytes that are read back and compared at once."""
 
 
 def staging_of(target: Path) -> Path:
@@ -215,20 +202,25 @@ def _check_destination(target: Path, size: int, sources: Sequence[Path], overwri
 
 
 MODEL_FILES = ("*.safetensors", "*.json", "README.md", ".gitattributes", "*.ckpt", "predict_*.yaml", *CARRIED)
-"""What a folder that --overwrite may replace consists of, beside ``rank_0``, which holds nothing but .ckpt files."""
+"""What a folder that --overwrite may replace consists of, beside folders of nothing but .ckpt files (``_CHECKPOINTS``)."""
+_CHECKPOINTS = re.compile(r"rank_\d+|strategy")
 
 
 def _stranger(folder: Path) -> str | None:
     """What speaks against replacing ``folder``, in words; None if only a model (or nothing) would be lost."""
     entries = list(folder.iterdir())
     for entry in entries:
-        if entry.name == "rank_0" and entry.is_dir() and all(file.suffix == ".ckpt" and file.is_file() for file in entry.iterdir()):
+        if _CHECKPOINTS.fullmatch(entry.name) and entry.is_dir() and _only_checkpoints(entry):
             continue
         if not entry.is_file() or not any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in MODEL_FILES):
             return f"it holds {entry.name}"
     if entries and not any(entry.name in {"config.json", "weighbridge.json"} or entry.suffix == ".safetensors" for entry in entries):
         return "it holds neither a config nor weights"
     return None
+
+
+def _only_checkpoints(folder: Path) -> bool:
+    return all(file.suffix == ".ckpt" and file.is_file() for file in folder.iterdir())
 
 
 def _gb(size: int) -> str:
@@ -267,179 +259,6 @@ def _rename(stage: Staging, target: Path) -> None:
         if old.exists():
             os.rename(old, target)
         raise
-
-
-class Output:
-    """One laid-out output file, which takes tiles. It has no header until it is finished, so that nothing can load it."""
-
-    def __init__(self, folder: Path, file: LaidOut) -> None:
-        self.path, self.file = folder / file.name, file
-        self._turn = threading.Lock()
-        self.dirty = False
-
-    def make(self) -> None:
-        """Make the file at its full size, without data, or accept what an earlier run left of it."""
-        self.path.parent.mkdir(exist_ok=True)
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            os.ftruncate(handle, self.file.size)
-        finally:
-            os.close(handle)
-
-    def finish(self) -> None:
-        """Write what is not data, a header, and see that the file holds it: it is whole."""
-        sealed = self.file.sealed(self.file.growing(self.path))
-        with self.opened() as handle:
-            for at, part in sealed.heads():
-                write_all(handle, part, at)
-                again = bytearray(len(part))
-                if not _read_back(handle, memoryview(again), at) or again != part:
-                    raise NotSameError(
-                        f"{self.path.name}: does not hold the header that was written to it; check the disk, and run it again"
-                    )
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[int]:
-        """A descriptor to write with and read back from."""
-        handle = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            yield handle
-        finally:
-            os.close(handle)
-
-    def write(self, info: TensorInfo, array: Array, row: int, col: int) -> None:
-        """Write a rectangle of a 2-D (or, with row 0, 1-D) stored tensor: ``array`` at [row, col]."""
-        lines, begin, step = _lines(info, array, row, col)
-        with self._turn, self.opened() as handle:  # one at a time: writers of one file would spin on its lock, line by line
-            for number, line in enumerate(lines):
-                self._write_line(handle, memoryview(line), begin + number * step)
-        self.dirty = True  # after the writes: a sync that clears it now comes after them
-
-    def holds(self, info: TensorInfo, array: Array, row: int, col: int, work: Workspace) -> bool:
-        """Whether the file holds that rectangle, byte for byte."""
-        lines, begin, step = _lines(info, array, row, col)
-        high, wide = max(1, READ_BACK // max(1, lines.shape[1])), max(1, min(READ_BACK, lines.shape[1]))
-        with self.opened() as handle:
-            for first in range(0, lines.shape[0], high):
-                for left in range(0, lines.shape[1], wide):
-                    part = lines[first : first + high, left : left + wide]
-                    again = work.take("read back", part.shape, np.uint8)
-                    for number, line in enumerate(again, first):
-                        if not self._read_line(handle, memoryview(line), begin + number * step + left):
-                            return False
-                    if not np.array_equal(again, part):
-                        return False
-        return True
-
-    def _write_line(self, handle: int, line: memoryview, offset: int) -> None:
-        done = 0
-        for begin, length in self.file.pieces(offset, len(line)):
-            write_all(handle, line[done : done + length], begin)
-            done += length
-
-    def _read_line(self, handle: int, line: memoryview, offset: int) -> bool:
-        done = 0
-        for begin, length in self.file.pieces(offset, len(line)):
-            if not _read_back(handle, line[done : done + length], begin):
-                return False
-            done += length
-        return True
-
-
-class Places(Mapping[str, tuple[Output, TensorInfo]]):
-    """Where every tensor of a set of output files lies. tensors: all of them under one mapping, if there is one already."""
-
-    def __init__(self, outputs: Sequence[Output], tensors: TensorSet | None) -> None:
-        self._outputs = {output.path.name: output for output in outputs}
-        self._index = TensorIndex([output.file.tensors for output in outputs], _twice) if tensors is None else tensors
-        self._files = [output.path.name for output in outputs] if tensors is None else [file.path.name for file in tensors.files]
-
-    def __getitem__(self, name: str) -> tuple[Output, TensorInfo]:
-        info = self._index[name]
-        return self._outputs[self._files[info.file]], info
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._index)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-
-def _twice(name: str, first: int, second: int) -> None:
-    raise NotSameError(f"{name}: was to be written twice; this is a fault in Weighbridge: please report it")
-
-
-def _lines(info: TensorInfo, array: Array, row: int, col: int) -> tuple[Array, int, int]:
-    """The rectangle as (uint8 [pieces that lie together in the file, bytes], where the first lies, bytes from one to the next)."""
-    width, item = (info.shape or (1,))[-1], array.itemsize
-    block = np.ascontiguousarray(array).reshape(-1, array.shape[-1])
-    rows = info.nbytes // (width * item) if width else 0
-    if row + block.shape[0] > rows or col + block.shape[1] > width:
-        raise ValueError(f"a block {block.shape} at {(row, col)} leaves a tensor {info.shape}")
-    stride = info.stride or width
-    data, begin = block.view(np.uint8), info.begin + (row * stride + col) * item
-    if block.shape[1] < stride:
-        return data, begin, stride * item
-    return data.reshape(1, -1), begin, data.size
-
-
-def write_all(fd: int, data: Any, offset: int) -> None:
-    """``pwrite`` until everything is written."""
-    view = memoryview(data).cast("B")
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view = view[done:]
-        offset += done
-
-
-def _read_back(fd: int, view: memoryview, offset: int) -> bool:
-    while view:
-        done = os.preadv(fd, [view], offset)
-        if not done:
-            return False
-        view = view[done:]
-        offset += done
-    return True
-
-
-class Syncer:
-    """Brings output to the disk in the background after every ``SYNC_BYTES``, and says so in the journal."""
-
-    def __init__(self, outputs: Sequence[Output], journal: Journal) -> None:
-        self._outputs, self._journal = outputs, journal
-        self._lock = threading.Lock()
-        self._since = 0
-        self._pool = ThreadPoolExecutor(1)
-        self._running: Future[None] | None = None
-
-    def wrote(self, count: int) -> None:
-        """So many bytes were written."""
-        with self._lock:
-            self._since += count
-            if self._since < SYNC_BYTES or (self._running is not None and not self._running.done()):
-                return
-            if self._running is not None:
-                self._running.result()
-            self._since = 0
-            self._running = self._pool.submit(self._sync, self._journal.end)
-
-    def _sync(self, upto: int) -> None:
-        try:
-            for output in self._outputs:
-                if output.dirty:
-                    output.dirty = False
-                    with output.opened() as handle:
-                        os.fdatasync(handle)
-            self._journal.synced(upto)
-        except OSError:
-            self._journal.doubt()
-            raise
-
-    def close(self) -> None:
-        """Wait for what is under way; raises OSError if it failed."""
-        self._pool.shutdown(wait=True)
-        if self._running is not None:
-            self._running.result()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,10 @@ from formats.workspace import Workspace
 
 from . import moves
 from .matrices import Matrix, Tile, layer_matrices, leaves_of, plain_matrix, scales_of
+from .outputs import Output
 from .probe import to_float32
 from .proof import CodeProof, Found, ValueProof, digest_tile
 from .records import LayerPlan, Plan
-from .staging import Output
 from .tiling import Side, bytes_of_scales, side_of, tile_shape, tiles, tiles_of
 
 Works = tuple[Workspace, Workspace]

@@ -91,16 +91,16 @@ class Location:
 
     def _torch_tensors(self) -> TensorSet:
         """The tensors of a folder of the days before safetensors: pytorch_model.bin, or shards with their index."""
-        from .torch_file import TorchFile
+        from .torch_file import open_torch
 
         if "pytorch_model.bin.index.json" in self.names:
-            return open_index(self.folder, self.folder / "pytorch_model.bin.index.json", TorchFile)
+            return open_index(self.folder, self.folder / "pytorch_model.bin.index.json", open_torch)
         files = [name for name in self.names if name.endswith(".bin") and "training" not in name and "optimizer" not in name]
         if "pytorch_model.bin" in files:
             files = ["pytorch_model.bin"]
         if len(files) != 1:
             raise UnreadableError(f"{self.folder.name}: {len(files)} .bin files and no index; put pytorch_model.bin.index.json beside them")
-        return TensorSet([self.folder / files[0]], opener=TorchFile)
+        return TensorSet([self.folder / files[0]], opener=open_torch)
 
     def tensors(self, prefix: str = "") -> TensorSet:
         """Open the weights: the named file, else an index, else the single safetensors file of the folder.

@@ -5,6 +5,8 @@ the dtype that config.json's ``torch_dtype`` (``dtype`` since transformers 5) sa
 
 Law: the weight is itself. Written from a quantized layer it is the law's float32 value, rounded to the folder's dtype unless
 that is float32.
+
+Llama's weights as Meta publishes them (``meta_file``) are read as the variant ``meta``.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from typing import Any
 
 from .checkpoint import Checkpoint, Location
 from .errors import RefusedError
+from .meta_file import meta_files, meta_tensors
 from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
 
 def detect(location: Location) -> str | None:
     """The variant that the folder says it is, or None."""
+    if meta_files(location):
+        return "meta"
     config = location.json("config.json")
     if config is None or config.get("quantization_config") is not None:
         return None
@@ -29,7 +34,7 @@ class Dense(Checkpoint):
     """Reader of float folders: every tensor is plain."""
 
     def __init__(self, location: Location, variant: str) -> None:
-        super().__init__(location, "dense", variant, location.tensors())
+        super().__init__(location, "dense", variant, meta_tensors(location) if variant == "meta" else location.tensors())
         if any(name.endswith((".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")) for name in self.tensors):
             raise RefusedError(
                 f"{location.folder.name}: holds quantized tensors, but config.json has no quantization_config that says how; "
@@ -71,6 +76,7 @@ SPEC = FormatSpec(
             ),
             readers="everything",
         ),
+        Variant("meta", "Llama as Meta publishes it: consolidated.00.pth and params.json", None, readers="Meta's llama"),
     ),
     detect=detect,
     open=Dense,

@@ -5,6 +5,7 @@
     WeighbridgeError               exit 1   something failed
     ├── UsageError                 exit 2   the request itself makes no sense
     ├── RefusedError               exit 3   the target cannot hold it, or a loss was not allowed
+    │   └── RanksRefusedError      exit 3   it cannot be split over so many ranks
     ├── NotSameError               exit 4   two checkpoints do not hold the same weights
     ├── UnreadableError            exit 5   the input is damaged, contradictory or unsafe
     │   ├── HeaderError            exit 5   a safetensors header or an index breaks its rules
@@ -21,6 +22,7 @@ __all__ = [
     "DestinationError",
     "HeaderError",
     "NotSameError",
+    "RanksRefusedError",
     "ReadFailedError",
     "RefusedError",
     "UnreadableError",
@@ -52,6 +54,10 @@ class RefusedError(WeighbridgeError):
     def __init__(self, message: str, refusals: tuple[object, ...] = ()) -> None:
         super().__init__(message)
         self.refusals = refusals
+
+
+class RanksRefusedError(RefusedError):
+    """A model that cannot be split over as many ranks as it was asked for."""
 
 
 class NotSameError(WeighbridgeError):

@@ -45,11 +45,12 @@ def pack(layout: PackLayout, codes: Array, stored: Array) -> None:
         kernel(source, stride, stored.shape[0], stored.shape[1] * stored.itemsize, *_target(stored, np.uint8), layout.offset)
     elif _bytes(layout):
         np.add(codes.view(np.uint8), np.uint8(layout.offset), out=stored.view(np.uint8))
-    elif _word_by_word(layout) and layout.bits == 4:
+    elif _word_by_word(layout) and layout.bits == 4 and _whole_words(stored):
         source, stride = _flat(codes)
-        args = (source, stride, stored.shape[1], codes.shape[1], *_target(stored, np.uint32), _nibble_rows(layout))
+        words = codes.shape[0] // 8
+        args = (source, stride, words, codes.shape[1], *_target(stored, np.uint32), _nibble_rows(layout))
         _pack_out_transposed_4(*args, np.uint8(layout.offset & 15))
-    elif _word_by_word(layout):
+    elif _word_by_word(layout) and layout.word == "<i4":
         source, stride = _flat(codes)
         args = (source, stride, stored.shape[1], codes.shape[1], *_target(stored, np.uint32), _shifts(layout))
         _pack_out_transposed(*args, layout.offset, (1 << layout.bits) - 1)
@@ -81,11 +82,11 @@ def unpack(layout: PackLayout, stored: Array, codes: Array) -> None:
     elif _bytes(layout):
         stored = stored if stored.strides[-1] == stored.itemsize else np.ascontiguousarray(stored)
         np.subtract(stored.view(np.uint8), np.uint8(layout.offset), out=codes.view(np.uint8))
-    elif _word_by_word(layout) and layout.bits == 4:
+    elif _word_by_word(layout) and layout.bits == 4 and not shape[0] % 8:
         words, stride = _flat_words(stored, np.dtype(np.uint32))
-        out = (words, stride, stored.shape[1], shape[1], codes.reshape(-1), _nibble_rows(layout))
+        out = (words, stride, shape[0] // 8, shape[1], codes.reshape(-1), _nibble_rows(layout))
         _unpack_out_transposed_4(*out, np.uint8((layout.offset + layout.low) & 15), np.uint8(layout.low & 255))
-    elif _word_by_word(layout):
+    elif _word_by_word(layout) and layout.word == "<i4":
         words, stride = _flat_words(stored, np.dtype(np.uint32))
         out = (words, stride, stored.shape[1], shape[1], codes.reshape(-1), _shifts(layout))
         _unpack_out_transposed(*out, layout.offset + layout.low, (1 << layout.bits) - 1, layout.low)
@@ -220,9 +221,19 @@ def _bytes(layout: PackLayout) -> bool:
 
 
 def _word_by_word(layout: PackLayout) -> bool:
-    """Whether each 32-bit word holds whole lanes of consecutive output rows, in an order that stays within the word."""
+    """Whether each 32-bit word holds whole lanes of consecutive output rows, in an order that stays within the word.
+
+    Bytes of two codes are such words too, four and four, being little-endian.
+    """
     whole = layout.word == "<i4" and 32 % layout.bits == 0 and len(layout.order) in {0, 32 // layout.bits}
-    return whole and layout.axis == "out" and layout.transposed
+    bytes_of_two = layout.word == "i1" and layout.bits == 4 and not layout.order
+    return (whole or bytes_of_two) and layout.axis == "out" and layout.transposed
+
+
+def _whole_words(stored: Array) -> bool:
+    """Whether every row of ``stored``, 2-D with contiguous rows, is whole 32-bit words that lie where words may."""
+    places = (stored.shape[1] * stored.itemsize, stored.ctypes.data, stored.strides[0] if stored.shape[0] > 1 else 0)
+    return not any(place % 4 for place in places)
 
 
 def _shifts(layout: PackLayout) -> Array:

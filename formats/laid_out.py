@@ -1,4 +1,4 @@
-"""What the conversion engine asks of an output file, whatever its container: where data go before there are any, and what is not data."""
+"""What the conversion engine asks of output files, whatever their container: where data go before there are any, and what is not data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from .safetensors_file import TensorTable
 
 
 class LaidOut(Protocol):
-    """An output file of any container, whose every byte but the data is known beforehand."""
+    """An output file of any container, or several that hold parts of each tensor, whose every byte but the data is known beforehand.
+
+    name     of the (first) file, relative to the folder; size: of all of them, in bytes
+    tensors  where each lies, in bytes of the file, or in whatever ``parts`` make of them together
+    """
 
     @property
     def name(self) -> str: ...
@@ -32,6 +36,19 @@ class LaidOut(Protocol):
         """Tensors that lie in one place, so that their data must be equal."""
         ...
 
+    @property
+    def parts(self) -> Sequence[LaidOutFile]:
+        """The files; itself, if it is one."""
+        ...
+
+    def growing(self, path: Path) -> Readable:
+        """What is written of it, by the offsets of ``tensors``; path: of the (first) file."""
+        ...
+
+
+class LaidOutFile(LaidOut, Protocol):
+    """One output file."""
+
     def pieces(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         """Where ``length`` bytes from an offset of ``tensors`` lie in the file: (byte, length) of each piece."""
         ...
@@ -40,10 +57,6 @@ class LaidOut(Protocol):
         """What is not data: (byte, content), written when all data are."""
         ...
 
-    def growing(self, path: Path) -> Readable:
-        """What is written of it, by the offsets of ``tensors``."""
-        ...
-
-    def sealed(self, data: Readable) -> LaidOut:
+    def sealed(self, data: Readable) -> LaidOutFile:
         """The same with what only the data say, such as a CRC. data: ``growing``'s, when all of them are written."""
         ...

@@ -12,14 +12,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .errors import RefusedError, UnreadableError
+from .errors import RanksRefusedError, RefusedError, UnreadableError
 from .files import Readable
 from .ir import ArrayLike
-from .laid_out import LaidOut
+from .laid_out import LaidOut, LaidOutFile
 from .mindformers_names import Names, names_of
 from .mindspore_file import MindSporeFile
-from .mindspore_output import lay_out_checkpoint
+from .mindspore_output import CHUNK_BYTES, lay_out_checkpoint
 from .mindspore_ranks import RankedFile
+from .mindspore_ranks_output import lay_out_ranks
 from .safetensors_file import DTYPES, SourceFile, TensorInfo, TensorTable, stored_tensor
 
 INT4 = "Int4"
@@ -146,7 +147,7 @@ class MindFormersOutput:
     """A ``.ckpt`` file that is fully laid out, whose tensors have Hugging Face's names (``laid_out.LaidOut``)."""
 
     name: str
-    stored: LaidOut
+    stored: LaidOutFile
     tensors: TensorTable
     metadata: Mapping[str, str] = field(default_factory=dict)
     shared: Sequence[tuple[str, ...]] = ()
@@ -154,6 +155,10 @@ class MindFormersOutput:
     @property
     def size(self) -> int:
         return self.stored.size
+
+    @property
+    def parts(self) -> tuple[MindFormersOutput]:
+        return (self,)
 
     def pieces(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         return self.stored.pieces(offset, length)
@@ -164,7 +169,7 @@ class MindFormersOutput:
     def growing(self, path: Path) -> Readable:
         return self.stored.growing(path)
 
-    def sealed(self, data: Readable) -> LaidOut:
+    def sealed(self, data: Readable) -> MindFormersOutput:
         return replace(self, stored=self.stored.sealed(data))
 
 
@@ -176,13 +181,31 @@ class _Whole:
     fused: int
 
 
+def split_axis(names: Names, stored: str, dtype: str, shape: tuple[int, ...], ranks: int) -> int | None:
+    """The axis that ``ranks`` ranks split a stored tensor along; None: each has it whole (``mindspore_ranks_output``)."""
+    module, leaf = names.place(stored)
+    if CACHE in stored:
+        return len(shape) - 1
+    if not module or "norm" in module or not shape:
+        return None
+    if not stored.startswith(names.block[1]):  # the vocabulary
+        return 0 if len(shape) == 2 and shape[0] % ranks == 0 else None
+    by_input = module in names.by_input
+    outputs = out_axis(leaf, dtype, len(shape))
+    if outputs is None:  # of the inputs
+        return 0 if by_input and shape != (1,) else None
+    if by_input:
+        return 1 - outputs if len(shape) == 2 else None
+    return outputs
+
+
 def lay_out_mindformers(
-    tensors: Iterable[Triple], name: str, names: Names, fuse: bool = False, chunk_bytes: int = 512 << 20
-) -> MindFormersOutput:
-    """Decide every byte but the data of the file ``name``, from Hugging Face tensors.
+    tensors: Iterable[Triple], name: str, names: Names, fuse: bool = False, chunk_bytes: int = CHUNK_BYTES, ranks: int = 1
+) -> LaidOut:
+    """Decide every byte but the data of the file ``rank_0/name``, from Hugging Face tensors; or of so many ranks.
 
     fuse     store q, k and v as one, and gate and up
-    raises   RefusedError for a tensor that MindFormers has no name for, or parts that do not fit one another
+    raises   RefusedError for a tensor that MindFormers has no name for, parts that do not fit one another, or what ranks cannot split
     """
     wholes: dict[str, _Whole] = {}
     counts = {f"{whole}": len(parts) for whole, parts in names.fused.items()}
@@ -191,10 +214,19 @@ def lay_out_mindformers(
         if found is None:
             raise RefusedError(f"{tensor}: has no name in MindFormers' {names.name} models, which would not load it; leave it out")
         stored, part = found
-        fused = next((count for whole, count in counts.items() if f".{whole}." in stored), 1)
-        wholes.setdefault(stored, _Whole([], fused)).parts.append((part, tensor, dtype, shape))
+        count = next((count for whole, count in counts.items() if f".{whole}." in stored), 1)
+        wholes.setdefault(stored, _Whole([], count)).parts.append((part, tensor, dtype, shape))
     entries = [(stored, *_joined(stored, whole, names)) for stored, whole in wholes.items()]
-    file = lay_out_checkpoint(entries, name, chunk_bytes=chunk_bytes)
+    if ranks > 1:
+        fused = next((stored for stored, whole in wholes.items() if whole.fused > 1), None)
+        if fused is not None:
+            raise RanksRefusedError(
+                f"{fused}: holds several layers as one, of which a rank has a share each, and no strategy file can say that; "
+                f"convert without {'--tp' if names.always else '--qkv-concat'}"
+            )
+        axes = {stored: split_axis(names, stored, dtype, shape, ranks) for stored, dtype, shape in entries}
+        return lay_out_ranks(entries, name, axes, {stored: whole.parts[0][1] for stored, whole in wholes.items()}, ranks, chunk_bytes)
+    file = lay_out_checkpoint(entries, f"rank_0/{name}", chunk_bytes=chunk_bytes)
     table, metadata = TensorTable(), dict[str, str]()
     for stored, whole in wholes.items():
         info, start = file.tensors[stored], 0
@@ -205,9 +237,9 @@ def lay_out_mindformers(
             table.add(tensor, view.dtype, view.shape, view.begin, view.end, view.stride)
             if dtype == INT4:
                 metadata[tensor] = INT4
-    axes = ((out_axis(names.leaf(stored), *whole.parts[0][2:3], len(whole.parts[0][3])), whole) for stored, whole in wholes.items())
-    shared = [tuple(part[1] for part in whole.parts) for axis, whole in axes if axis is None and whole.fused > 1]
-    return MindFormersOutput(name, file, table, metadata, shared)
+    outputs = ((out_axis(names.leaf(stored), *whole.parts[0][2:3], len(whole.parts[0][3])), whole) for stored, whole in wholes.items())
+    shared = [tuple(part[1] for part in whole.parts) for axis, whole in outputs if axis is None and whole.fused > 1]
+    return MindFormersOutput(file.name, file, table, metadata, shared)
 
 
 def _joined(stored: str, whole: _Whole, names: Names) -> tuple[str, tuple[int, ...]]:

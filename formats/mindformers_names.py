@@ -26,6 +26,7 @@ class Names:
     inside    modules of a block, and outside: of no block, from Hugging Face's name to MindFormers'; a tensor's whole name where its
               last part changes too
     fused     a module that holds the rows of others, from MindFormers' name to Hugging Face's in order
+    by_input  linears that ranks split by their inputs, by MindFormers' name; others are split by their outputs
     always    whether MindFormers has those modules only fused
     models    config.json's ``model_type``
     """
@@ -35,6 +36,7 @@ class Names:
     inside: Mapping[str, str]
     outside: Mapping[str, str]
     fused: Mapping[str, tuple[str, ...]]
+    by_input: frozenset[str]
     models: frozenset[str]
     always: bool = False
 
@@ -68,12 +70,16 @@ class Names:
 
     def leaf(self, tensor: str) -> str:
         """What follows the module in a stored tensor's name; "" if the module is none of MindFormers'."""
+        return self.place(tensor)[1]
+
+    def place(self, tensor: str) -> tuple[str, str]:
+        """(module, what follows it) of a stored tensor, without its block; ("", "") if the module is none of MindFormers'."""
         match = _IN_BLOCK.fullmatch(tensor)
         if match is None or match[1] != self.block[1]:
             found = _longest(tensor, self._turned_outside)
         else:
             found = _longest(match[3], {**self._turned_inside, **{name: name for name in self.fused}})
-        return "" if found is None else found[2].removeprefix(".")
+        return ("", "") if found is None else (found[0], found[2].removeprefix("."))
 
     @functools.cached_property
     def _turned_inside(self) -> dict[str, str]:
@@ -113,6 +119,7 @@ LLAMA = Names(
     },
     {"model.embed_tokens.weight": "model.tok_embeddings.embedding_weight", "model.norm": "model.norm_out", "lm_head": "lm_head"},
     {"attention.w_qkv": QKV, "feed_forward.w_gate_hidden": GATE_UP},
+    frozenset({"attention.wo", "feed_forward.w2"}),
     frozenset({"llama", "qwen2"}),
 )
 
@@ -129,6 +136,7 @@ MCORE = Names(
     },
     {"model.embed_tokens": "embedding.word_embeddings", "model.norm": "decoder.final_layernorm", "lm_head": "output_layer"},
     {"self_attention.linear_qkv": QKV, "mlp.linear_fc1": GATE_UP},
+    frozenset({"self_attention.linear_proj", "mlp.linear_fc2"}),
     frozenset({"qwen3"}),
     always=True,
 )

@@ -4,7 +4,8 @@ Defined by MindSpore Golden Stick 0.6.0 (``gs0.6``) and 1.0 to 1.4 (``gs1.2``), 
 on files that 0.6.0 and 1.2.0 wrote. 1.4's folders with Hugging Face names are ``golden_stick_folder``'s.
 
 Files: ``rank_0/<name>.ckpt``, or one ``.ckpt`` anywhere (``mindspore_file``), beside it ``predict_<name>.yaml`` (``mindspore_yaml``);
-``rank_0`` to ``rank_N`` are parts, which the run's strategy file puts together (``mindspore_ranks``).
+``rank_0`` to ``rank_N`` are parts, which the run's strategy file puts together: ``mindspore_ranks`` reads them, and
+``mindspore_ranks_output`` writes them.
 Nothing in a file says what wrote it: variants differ by the names of the tensors. Modules go by MindFormers' names, which are Hugging
 Face's here (``mindformers_names``), q, k, v and gate, up as the parts that they are of fused ones (``mindformers_file``).
 
@@ -60,7 +61,7 @@ import numpy as np
 from . import golden_stick_folder
 from . import mindspore_target as target
 from .checkpoint import FLOATS, Checkpoint, Finding, IntegralZeros, LeftOut, Location, Unsupported
-from .errors import UnreadableError
+from .errors import RanksRefusedError, UnreadableError
 from .golden_stick_folder import GoldenStickFolder
 from .gptq_config import has_bias
 from .ir import Array, ArrayLike, Extra, QuantArgs, QuantizedLinear, QuantScheme, read
@@ -348,7 +349,9 @@ def quantization_config(model: ModelFacts, variant: str) -> tuple[Mapping[str, A
 
 
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], model: ModelFacts, variant: str, shard: int) -> list[LaidOut]:
-    """Shards of safetensors, or one .ckpt file. RefusedError for what MindSpore or MindFormers would not load."""
+    """Shards of safetensors, or a .ckpt file (for each rank). RefusedError for what MindSpore or MindFormers would not load."""
+    if variant == "hf" and model.ranks > 1:
+        raise RanksRefusedError("the folder: is read by networks that split it as they load; convert without --tp, or to mindspore:gs1.2")
     return golden_stick_folder.lay_out_folder(tensors, shard) if variant == "hf" else target.lay_out_model(tensors, model, variant)
 
 

@@ -103,6 +103,10 @@ class MindSporeOutput:
     def shared(self) -> tuple[tuple[str, ...], ...]:
         return ()
 
+    @property
+    def parts(self) -> tuple[MindSporeOutput]:
+        return (self,)
+
     def pieces(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         return self.seams.pieces(offset, length)
 

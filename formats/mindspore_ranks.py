@@ -24,12 +24,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from .errors import RefusedError, UnreadableError
 from .files import Read, Readable, ReadableFile
 from .mindspore_file import MindSporeFile
-from .protobuf import LENGTH, VARINT, Field, WireReader
+from .protobuf import LENGTH, VARINT, Field, WireReader, bytes_field, varint_field
 from .safetensors_file import DTYPES, SourceFile, TensorInfo, TensorTable
 
 _MOST = 64 << 20
@@ -46,6 +44,16 @@ class ParameterLayout:
     def counts(self) -> tuple[int, ...]:
         """Parts along each axis."""
         return tuple(1 if axis < 0 else self.devices[-1 - axis] for axis in self.split)
+
+    def grid(self) -> tuple[int, int]:
+        """Parts along rows and columns of the stored tensor; a vector is one row."""
+        counts = self.counts()
+        return (1, counts[0]) if len(counts) == 1 else (*counts, 1, 1)[:2]  # type: ignore[return-value]
+
+    def cell(self, rank: int) -> tuple[int, int]:
+        """(row, column) of the part in ``grid`` that a rank holds."""
+        place = self.place(rank)
+        return (0, place[0]) if len(place) == 1 else (*place, 0, 0)[:2]  # type: ignore[return-value]
 
     def place(self, rank: int) -> tuple[int, ...]:
         """Which part along each axis a rank holds."""
@@ -76,6 +84,17 @@ def read_strategy(path: Path) -> dict[str, ParameterLayout]:
     if not found:
         raise UnreadableError(f"{path.name}: says how no parameter is split; give the strategy file of the run that saved the ranks")
     return found
+
+
+def strategy_bytes(layouts: Mapping[str, ParameterLayout]) -> bytes:
+    """A strategy file of these layouts. MindSpore's own merge leaves out what it says nothing of, so it must name every parameter."""
+    items = []
+    for name, layout in layouts.items():
+        lists = [b"".join(varint_field(1, number % (1 << 64)) for number in numbers) for numbers in (layout.devices, layout.split, (), ())]
+        said = b"".join(bytes_field(number, content) for number, content in enumerate(lists, 1))
+        said += b"".join(varint_field(number, 0) for number in (5, 6, 7))
+        items.append(bytes_field(3, bytes_field(1, name.encode()) + bytes_field(2, said)))
+    return varint_field(1, 0) + b"".join(items)
 
 
 def _messages(wire: WireReader, outer: Field) -> dict[int, Field]:
@@ -117,7 +136,10 @@ def _numbers(wire: WireReader, outer: Field) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Extent:
-    """A whole tensor's addresses. rows, width: of it, and high, wide: of each part, widths in bytes; parts: (file, byte) by row, column."""
+    """A whole tensor's addresses. width: of it, and high, wide: of each part, widths in bytes; parts: (file, byte) by row, column.
+
+    head   see ``RankedData.add``
+    """
 
     begin: int
     end: int
@@ -125,6 +147,14 @@ class _Extent:
     high: int
     wide: int
     parts: tuple[tuple[tuple[Readable, int], ...], ...]
+    head: int = 0
+
+    def stored_row(self, row: int) -> int:
+        """Where a row is stored."""
+        if not self.head:
+            return row
+        pair, at = divmod(row % self.head, self.head // 2)
+        return row // self.head * self.head + 2 * at + pair
 
 
 class RankedData(Readable):
@@ -135,17 +165,21 @@ class RankedData(Readable):
         self._begins: list[int] = []
         self._extents: list[_Extent] = []
 
-    def add(self, info: TensorInfo, counts: tuple[int, int], parts: Sequence[Sequence[tuple[Readable, TensorInfo]]]) -> int:
-        """Take a tensor that is cut into ``counts`` (rows, columns) of ``parts`` of the size of ``info``; its first address."""
-        item = DTYPES[info.dtype].itemsize
+    def add(self, info: TensorInfo, layout: ParameterLayout, parts: Sequence[tuple[Readable, TensorInfo]], head: int = 0) -> int:
+        """Take a tensor of which every rank holds a part of the size of ``info``, in the order of the ranks; its first address.
+
+        head   rows of an attention head, whose rows m and m + head / 2 are stored as rows 2m and 2m + 1; 0: as they are
+        """
+        item, counts = DTYPES[info.dtype].itemsize, layout.grid()
         high = info.shape[0] if len(info.shape) > 1 else 1
         wide = info.nbytes // max(1, high)
-        if len(info.shape) == 1:  # a vector is one row, however it is cut
-            counts, parts = (1, counts[0]), [[row[0] for row in parts]]
         begin, total = self.size, info.nbytes * counts[0] * counts[1]
-        places = tuple(tuple((file, part.begin) for file, part in row) for row in parts)
+        found: dict[tuple[int, int], tuple[Readable, int]] = {}
+        for rank, (file, part) in enumerate(parts):
+            found.setdefault(layout.cell(rank), (file, part.begin))
+        places = tuple(tuple(found[row, column] for column in range(counts[1])) for row in range(counts[0]))
         self._begins.append(begin)
-        self._extents.append(_Extent(begin, begin + total, wide * counts[1], max(high, 1), max(wide, item), places))
+        self._extents.append(_Extent(begin, begin + total, wide * counts[1], max(high, 1), max(wide, item), places, head))
         self.size += total
         return begin
 
@@ -157,11 +191,12 @@ class RankedData(Readable):
             while view:
                 extent = self._extents[bisect.bisect_right(self._begins, address) - 1]
                 row, at = divmod(address - extent.begin, extent.width)
+                row = extent.stored_row(row)
                 column = at // extent.wide
                 file, begin = extent.parts[row // extent.high][column]
                 within = row % extent.high * extent.wide + at % extent.wide
                 left = extent.wide - at % extent.wide
-                if extent.width == extent.wide:  # whole rows follow one another
+                if extent.width == extent.wide and not extent.head:  # whole rows follow one another
                     left = extent.high * extent.wide - within
                 length = min(len(view), left)
                 file.read_into(view[:length], begin + within)
@@ -186,14 +221,7 @@ class RankedFile:
         self.data = RankedData(files[0])
         for name, info in first.tensors.items():
             self._add(name, info, strategy.get(name))
-        digest = xxhash.xxh3_128_hexdigest("".join(file.identity.digest for file in self.files).encode())
-        identities = [file.identity for file in self.files]
-        self.identity = SourceFile(
-            f"{files[0].name} and {len(files) - 1} more ranks",
-            sum(one.size for one in identities),
-            max(one.mtime_ns for one in identities),
-            digest,
-        )
+        self.identity = SourceFile.joined([file.identity for file in self.files])
 
     def unchanged(self) -> bool:
         """Whether every rank's file still is the one that was opened."""
@@ -210,8 +238,7 @@ class RankedFile:
         counts = layout.counts()
         if any(count > 1 for count in counts[2:]):
             raise RefusedError(f"{name}: is split along axis 3 or later, which is not read; merge the ranks with MindSpore")
-        rows, columns = (*counts, 1, 1)[:2]
-        found: dict[tuple[int, int], tuple[Readable, TensorInfo]] = {}
+        parts: list[tuple[Readable, TensorInfo]] = []
         for rank, file in enumerate(self.files):
             other = file.tensors.get(name)
             if (
@@ -223,9 +250,7 @@ class RankedFile:
                 raise UnreadableError(
                     f"{name}: {what} in rank {rank}, and {info.dtype} {list(info.shape)} in rank 0; a rank is of another run"
                 )
-            row, column = (*layout.place(rank), 0, 0)[:2]
-            found.setdefault((row, column), (file.data, other))
-        parts = [[found[row, column] for column in range(columns)] for row in range(rows)]
-        begin = self.data.add(info, (rows, columns), parts)
+            parts.append((file.data, other))
+        begin = self.data.add(info, layout, parts)
         shape = tuple(length * count for length, count in zip(info.shape, counts, strict=True))
-        self.tensors.add(name, info.dtype, shape, begin, begin + info.nbytes * rows * columns)
+        self.tensors.add(name, info.dtype, shape, begin, begin + info.nbytes * math.prod(counts))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import RefusedError
+from .errors import RanksRefusedError, RefusedError
 from .ir import QuantizedLinear
 from .laid_out import LaidOut
 from .layouts import PackLayout
@@ -210,7 +210,7 @@ def objection(layer: LayerTarget, variant: str) -> Objection | None:
 
 
 def lay_out_model(tensors: Iterable[tuple[str, str, tuple[int, ...]]], model: ModelFacts, variant: str) -> list[LaidOut]:
-    """rank_0/NAME.ckpt. RefusedError for what MindFormers has no name for."""
+    """rank_0/NAME.ckpt, or that of every rank. RefusedError for what MindFormers has no name for."""
     kind = None if model.config is None else model.config.get("model_type")
     names = names_for(kind)
     if names is None:
@@ -223,7 +223,13 @@ def lay_out_model(tensors: Iterable[tuple[str, str, tuple[int, ...]]], model: Mo
                 "convert to mindspore:hf, or to mindspore:float"
             )
     yaml_of(model, variant)  # refuses what the YAML could not say, before any work
-    return [lay_out_mindformers(tensors, f"rank_0/{name_of(model, variant)}.ckpt", names, model.fused)]
+    heads = (model.config or {}).get("num_key_value_heads") or (model.config or {}).get("num_attention_heads")
+    if isinstance(heads, int) and heads % model.ranks:
+        raise RanksRefusedError(
+            f"config.json: {heads} heads of keys do not divide over {model.ranks} ranks, which MindFormers refuses; "
+            "give --tp a number that divides them"
+        )
+    return [lay_out_mindformers(tensors, f"{name_of(model, variant)}.ckpt", names, model.fused, ranks=model.ranks)]
 
 
 def name_of(model: ModelFacts, variant: str) -> str:

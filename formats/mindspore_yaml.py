@@ -39,7 +39,7 @@ _MOST = 1 << 20
 
 
 def document(model: ModelFacts, variant: str, name: str) -> dict[str, Any]:
-    """The whole YAML for inference on one card.
+    """The whole YAML for inference, on one card or on as many as there are ranks.
 
     raises   RefusedError for what MindFormers' configuration cannot say
     """
@@ -56,7 +56,7 @@ def document(model: ModelFacts, variant: str, name: str) -> dict[str, Any]:
         "trainer": {"type": "CausalLanguageModelingTrainer", "model_name": name},
         "do_eval": False,
         "runner_config": {"epochs": 2, "batch_size": 1, "sink_mode": True, "sink_size": 2},
-        "use_parallel": False,
+        "use_parallel": model.ranks > 1,
         "parallel": {
             "parallel_mode": 1,
             "gradients_mean": False,
@@ -69,7 +69,7 @@ def document(model: ModelFacts, variant: str, name: str) -> dict[str, Any]:
         },
         "parallel_config": {
             "data_parallel": 1,
-            "model_parallel": 1,
+            "model_parallel": model.ranks,
             "pipeline_stage": 1,
             "use_seq_parallel": False,
             "micro_batch_num": 1,

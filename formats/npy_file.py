@@ -4,15 +4,11 @@ Defined by msModelSlim (PyPI ``msmodelslim`` 26.1.0, ``pytorch/llm_ptq``; it is 
 ``save_type`` is given). No description lies beside the files, so the types are made up from what is there (``numpy_types``).
 
 Each file is a NumPy array of no dimensions that holds one object: ``{name: torch.Tensor or nn.Parameter}``. The pickle is read as a tree
-(``pickle_tree``), which runs nothing, and needs no torch. In it a tensor is
-
-``_rebuild_parameter(tensor, requires_grad, OrderedDict())`` around
-``_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, OrderedDict())`` around
-``torch.storage._load_from_bytes(bytes)``,
-
-whose bytes are what ``torch.save`` wrote before torch 1.6, of one storage: five pickles (a magic number; the protocol, 1001; facts of the
-machine; the storage as the persistent id ``("storage", torch.HalfStorage, key, device, count, None)``; the list of keys), then the
-count as 8 bytes, then the elements, little-endian. Those lie in the .npy file as they are, so a tensor is read from there when asked for.
+(``pickle_tree``), which runs nothing, and needs no torch. In it a tensor is what ``torch_tree`` says, around
+``torch.storage._load_from_bytes(bytes)``, whose bytes are what ``torch.save`` wrote before torch 1.6, of one storage: five pickles (a
+magic number; the protocol, 1001; facts of the machine; the storage as the persistent id
+``("storage", torch.HalfStorage, key, device, count, None)``; the list of keys), then the count as 8 bytes, then the elements,
+little-endian. Those lie in the .npy file as they are, so a tensor is read from there when asked for.
 
 =========================================  ==================================================================================
 ``quant_weight``                           ``<name>`` is ``<name>.weight``: int8 codes, one a byte, of quantized layers; floats of others
@@ -34,52 +30,31 @@ Quirks:
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from .checkpoint import Location
 from .errors import UnreadableError
 from .files import ReadableFile
-from .ir import Array, ArrayLike
+from .ir import ArrayLike
 from .pickle_tree import Call, Name, PickleFile, Place, Reference
-from .safetensors_file import DTYPES, MAX_DIMENSIONS, SourceFile, TensorInfo, TensorSet, TensorTable, stored_tensor
+from .safetensors_file import DTYPES, SourceFile, TensorInfo, TensorSet, TensorTable
 from .stored_tensor import raw_chunks
+from .torch_tree import ELEMENTS, NAMES, Storage, are_sizes, kind_of, pickled_tensor, read_tensor
 
 LAYER_FILES = ("quant_weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "quant_bias", "deq_scale")
 """Files whose names lack the suffix, which is the file's own name."""
 WHOLE_FILES = ("kv_cache_scale", "kv_cache_offset", "fa_quant_scale", "fa_quant_offset", "anti_fp_norm")
 
-MAX_SPREAD_BYTES = 16 << 20
-"""Of a tensor whose elements do not lie in order; others are not held."""
-
-_TENSOR, _PARAMETER, _STORAGE = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.storage._load_from_bytes"
-_ORDERED = "collections.OrderedDict"
+_STORAGE = "torch.storage._load_from_bytes"
 _RECONSTRUCT = ("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct")
-_ELEMENTS = {
-    "torch.HalfStorage": "F16", "torch.BFloat16Storage": "BF16", "torch.FloatStorage": "F32", "torch.DoubleStorage": "F64",
-    "torch.CharStorage": "I8", "torch.ByteStorage": "U8", "torch.ShortStorage": "I16", "torch.IntStorage": "I32",
-    "torch.LongStorage": "I64", "torch.BoolStorage": "BOOL",
-}  # fmt: skip
-_NAMES = frozenset({*_ELEMENTS, *_RECONSTRUCT, _TENSOR, _PARAMETER, _STORAGE, _ORDERED, "numpy.ndarray", "numpy.dtype"})
+_NAMES = NAMES | {*_RECONSTRUCT, _STORAGE, "numpy.ndarray", "numpy.dtype"}
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _HEADER = re.compile(rb"\{'descr': '\|?O8?', 'fortran_order': (?:False|True), 'shape': \(\), \} *\n")
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """Where a tensor lies: ``stride`` in elements, None if they lie in order from ``begin``."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    stride: tuple[int, ...] | None
 
 
 class NpyFile:
@@ -98,10 +73,9 @@ class NpyFile:
         self.tensors = TensorTable(number)
         self._strides: dict[str, tuple[int, ...]] = {}
         for key, value in self._dictionary().items():
-            tensor = self._tensor(key, value)
-            size = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
-            name = rename(key, TensorInfo(tensor.dtype, tensor.shape, tensor.begin, tensor.begin + size))
-            self.tensors.add(name, tensor.dtype, tensor.shape, tensor.begin, tensor.begin + size)
+            tensor = pickled_tensor(path.name, key, value, self._storage)
+            name = rename(key, TensorInfo(tensor.dtype, tensor.shape, tensor.begin, tensor.end))
+            self.tensors.add(name, tensor.dtype, tensor.shape, tensor.begin, tensor.end)
             if tensor.stride is not None:
                 self._strides[name] = tensor.stride
         listing = "".join(f"{name} {info.dtype} {info.shape} {info.begin}\n" for name, info in self.tensors.items())
@@ -110,15 +84,7 @@ class NpyFile:
 
     def tensor(self, name: str, info: TensorInfo | None = None) -> ArrayLike:
         """The tensor: unread, unless its elements do not lie in order."""
-        info = info or self.tensors[name]
-        if name not in self._strides:
-            return stored_tensor(self._file, name, info)
-        stride, item = self._strides[name], DTYPES[info.dtype].itemsize
-        last = sum((count - 1) * step for count, step in zip(info.shape, stride, strict=True))
-        data = np.frombuffer(bytes(self._file.read(info.begin, (last + 1) * item)), dtype=DTYPES[info.dtype])
-        view: Array = np.lib.stride_tricks.as_strided(data, info.shape, [step * item for step in stride], writeable=False).copy()
-        view.flags.writeable = False
-        return view
+        return read_tensor(self._file, name, info or self.tensors[name], self._strides.get(name))
 
     def unchanged(self) -> bool:
         """Whether the file on disk still is the one that was opened, with its size and time."""
@@ -137,7 +103,7 @@ class NpyFile:
         if not isinstance(state, tuple) or len(state) != 5 or state[1] != () or not isinstance(state[4], list) or len(state[4]) != 1:
             raise self._bad("is a NumPy file, but no array of one object as msModelSlim writes; wanted a dictionary of tensors")
         if not isinstance(state[4][0], dict):
-            raise self._bad(f"holds a {_kind(state[4][0])}, wanted a dictionary of tensors")
+            raise self._bad(f"holds a {kind_of(state[4][0])}, wanted a dictionary of tensors")
         return state[4][0]
 
     def _data_start(self) -> int:
@@ -154,27 +120,7 @@ class NpyFile:
             raise self._bad(f"is the NumPy array {header.strip()[:80].decode('latin-1')!r}, wanted one object, as msModelSlim writes")
         return start + length
 
-    def _tensor(self, name: str, value: Any) -> _Tensor:
-        if isinstance(value, Call) and value.name == _PARAMETER and len(value.arguments) == 3 and value.state is None:
-            value = value.arguments[0]
-        known = isinstance(value, Call) and value.name == _TENSOR and len(value.arguments) in {6, 7} and value.state is None
-        if not known:
-            raise self._bad(f"{name[:120]!r} is a {_kind(value)}, wanted a torch tensor")
-        storage, offset, shape, stride = value.arguments[:4]
-        dtype, begin, count = self._storage(name, storage)
-        if not _sizes(shape) or not _sizes(stride) or not _sizes((offset,)) or len(shape) != len(stride):
-            raise self._bad(f"tensor {name[:120]!r} has a shape or strides that no tensor has")
-        elements = math.prod(shape)
-        last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) if elements else offset - 1
-        if last >= count or offset > count:
-            raise self._bad(f"tensor {name[:120]!r} reaches to element {last} of the {count} that are stored; the file is damaged")
-        item = DTYPES[dtype].itemsize
-        ordered = elements == 0 or _ordered(shape, stride)
-        if not ordered and elements * item > MAX_SPREAD_BYTES:
-            raise self._bad(f"tensor {name[:120]!r} {list(shape)} does not lie in order; wanted one that was made contiguous")
-        return _Tensor(dtype, shape, begin + offset * item, None if ordered else stride)
-
-    def _storage(self, name: str, value: Any) -> tuple[str, int, int]:
+    def _storage(self, name: str, value: Any) -> Storage:
         """(dtype, byte of the first element, count) of a storage that ``torch.save`` wrote in the old form."""
         called = isinstance(value, Call) and value.name == _STORAGE and value.state is None and len(value.arguments) == 1
         if not called or not isinstance(value.arguments[0], Place):
@@ -192,37 +138,15 @@ class NpyFile:
             raise self._bad(f"the storage of {name[:120]!r} is not of torch's protocol 1001, little-endian")
         what = storage.what if isinstance(storage, Reference) else None
         if not isinstance(what, tuple) or len(what) != 6 or what[0] != "storage" or what[5] is not None or not isinstance(what[1], Name):
-            raise self._bad(f"the storage of {name[:120]!r} is a {_kind(storage)}, wanted one storage")
-        if what[1].path not in _ELEMENTS or not _sizes((what[4],)) or type(what[2]) is not str or keys != [what[2]]:
+            raise self._bad(f"the storage of {name[:120]!r} is a {kind_of(storage)}, wanted one storage")
+        if what[1].path not in ELEMENTS or not are_sizes((what[4],)) or type(what[2]) is not str or keys != [what[2]]:
             raise self._bad(f"the storage of {name[:120]!r} is not described as torch.save describes one")
-        dtype, count = _ELEMENTS[what[1].path], what[4]
+        dtype, count = ELEMENTS[what[1].path], what[4]
         stored = int.from_bytes(self._pickle.bytes_at(position, 8, end), "little")
         if stored != count or position + 8 + count * DTYPES[dtype].itemsize != end:
             left = end - position - 8
             raise self._bad(f"the storage of {name[:120]!r} has {left} bytes for {count} elements of {dtype}; the file is damaged")
         return dtype, position + 8, count
-
-
-def _kind(value: Any) -> str:
-    """What a value of the tree is, in a word."""
-    return value.name if isinstance(value, Call) else value.path if isinstance(value, Name) else type(value).__name__
-
-
-def _sizes(numbers: Any) -> bool:
-    """Whether these are sizes, strides or counts that a tensor may have."""
-    if type(numbers) is not tuple or len(numbers) > MAX_DIMENSIONS or not all(type(number) is int and number >= 0 for number in numbers):
-        return False
-    return math.prod(number or 1 for number in numbers) < 1 << 60
-
-
-def _ordered(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether elements lie in row-major order, without gaps."""
-    step = 1
-    for length, found in zip(reversed(shape), reversed(stride), strict=True):
-        if length != 1 and found != step:
-            return False
-        step *= length
-    return True
 
 
 def is_numpy_folder(location: Location) -> bool:

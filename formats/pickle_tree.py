@@ -34,11 +34,15 @@ class Name:
 
 @dataclass(slots=True)
 class Call:
-    """What a pickle would call, with what it would call it with; ``state`` is what it would set on the result."""
+    """What a pickle would call, with what it would call it with; ``state`` is what it would set on the result.
+
+    held    what it would put into an OrderedDict that it made
+    """
 
     name: str
     arguments: tuple[Any, ...]
     state: Any = None
+    held: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +255,12 @@ class _Machine:
         return items
 
     def _set_items(self, items: Sequence[Any], at: int) -> None:
-        if type(target := self._top(at)) is not dict or len(items) % 2:
+        target = self._top(at)
+        if isinstance(target, Call) and target.name == "collections.OrderedDict" and not target.arguments:
+            if target.held is None:
+                target.held = {}
+            target = target.held
+        if type(target) is not dict or len(items) % 2:
             raise self._bad(at, "sets items of what is no dictionary; it is damaged")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is not str or key in target:

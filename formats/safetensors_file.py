@@ -203,6 +203,13 @@ class SourceFile:
     mtime_ns: int
     digest: str
 
+    @classmethod
+    def joined(cls, files: Sequence[SourceFile], more: str = "") -> SourceFile:
+        """Of files that are read as one. more: what else they are read by."""
+        name = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
+        digest = xxhash.xxh3_128_hexdigest("".join([*(file.digest for file in files), more]).encode())
+        return cls(name, sum(file.size for file in files), max(file.mtime_ns for file in files), digest)
+
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor; F4 packs two elements a byte."""
@@ -499,6 +506,10 @@ class OutputFile:
     @property
     def shared(self) -> tuple[tuple[str, ...], ...]:
         return ()
+
+    @property
+    def parts(self) -> tuple[OutputFile]:
+        return (self,)
 
     def pieces(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         return ((offset, length),)

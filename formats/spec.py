@@ -101,6 +101,7 @@ class ModelFacts:
     attention     stored tensors of a quantized KV cache or attention that are carried; said: what the source says of them
     config        the model's config.json, None without one; folder: the name of the model's folder
     fused         linears that engines fuse are to be stored as one, where the format can
+    ranks         of tensor parallelism that it is to be written for, where the format has parts for each
     """
 
     layers: tuple[LayerTarget, ...]
@@ -113,6 +114,7 @@ class ModelFacts:
     config: Mapping[str, Any] | None = None
     folder: str = ""
     fused: bool = False
+    ranks: int = 1
 
 
 def input_kind(scheme: QuantScheme, has_scale: bool) -> InputKind | None:

@@ -1,11 +1,9 @@
-"""Legacy ``pytorch_model.bin`` folders, read through torch without running what a pickle says.
+"""Legacy ``pytorch_model.bin`` folders: a dictionary from tensor name to tensor, saved by torch.
 
-A ``.bin`` file is a zip (or, before torch 1.6, a bare pickle) of a dictionary from tensor name to tensor. It is opened with
-``torch.load(weights_only=True, mmap=True)``, whose unpickler knows tensors and containers and nothing else, and only if every
-value is a plain dense tensor. torch is an extra (``pip install 'weighbridge[quantize]'``). Sharded files are listed by
+Since torch 1.6 a ``.bin`` file is a zip, which ``torch_zip`` reads without torch. Before, it was bare pickles: those are opened with
+``torch.load(weights_only=True)``, whose unpickler knows tensors and containers and nothing else, and only if every value is a plain
+dense tensor; the file is held whole. torch is an extra (``pip install 'weighbridge[quantize]'``). Sharded files are listed by
 ``pytorch_model.bin.index.json``, like safetensors shards.
-
-Memory: zipped files are mapped, so tensors cost pages; a file of the old kind is held whole.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ import xxhash
 from .errors import UnreadableError
 from .ir import Array
 from .safetensors_file import DTYPES, SourceFile, TensorInfo, TensorTable
+from .torch_zip import TorchZipFile, is_zip
 
 _NAMES = {
     "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32", "torch.float64": "F64", "torch.int8": "I8",
@@ -28,8 +27,13 @@ _NAMES = {
 }  # fmt: skip
 
 
+def open_torch(path: Path, number: int = 0) -> TorchZipFile | TorchFile:
+    """A ``.bin`` file of either kind."""
+    return TorchZipFile(path, number) if is_zip(path) else TorchFile(path, number)
+
+
 class TorchFile:
-    """One ``.bin`` file, with what ``SafetensorsFile`` offers: tensors by name as NumPy views, identity, unchanged."""
+    """One ``.bin`` file of the old kind, with what ``SafetensorsFile`` offers: tensors by name as NumPy views, identity, unchanged."""
 
     def __init__(self, path: Path, number: int = 0) -> None:
         self.path = path
@@ -73,13 +77,10 @@ def _load(path: Path) -> Mapping[str, Any]:
         import torch
     except ImportError:
         raise UnreadableError(
-            f"{path.name}: a torch checkpoint, which only torch can read; pip install 'weighbridge[quantize]', or save it as safetensors"
+            f"{path.name}: saved as torch before 1.6 did, which only torch can read; pip install 'weighbridge[quantize]', or save it again"
         ) from None
     try:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # not a zip: the format before torch 1.6 cannot be mapped
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UnreadableError(f"{path.name}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # weights_only raises UnpicklingError, RuntimeError, EOFError, ... by what is wrong

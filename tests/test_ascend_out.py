@@ -302,7 +302,7 @@ def test_what_the_consumer_finds_is_not_refused() -> None:
 
 
 def test_an_unknown_consumer_is_a_usage_error_that_lists_them() -> None:
-    with pytest.raises(UsageError, match=r"there is no such consumer; there are .*vllm-ascend, mindie"):
+    with pytest.raises(UsageError, match=r"there is no such consumer; there are .*vllm-ascend, mindie, mindformers"):
         plan(AWQ_GPTQ / "awq_gemm_g128_zp", "msmodelslim", consumer="ollama")
 
 

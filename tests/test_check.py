@@ -20,6 +20,7 @@ from checkpoints import FIXTURES, change_tensors, model, roll_back, weight_file,
 from convert.checking import check
 from convert.consumers import CONSUMERS
 from convert.engine import convert
+from convert.planning import plan
 from convert.requirements import FolderFacts, LayerFacts
 from formats import FORMATS
 from formats.errors import RefusedError, UsageError
@@ -90,6 +91,10 @@ SAFE = {
         ("model.safetensors",), ("config.json", "model.safetensors"), layers("compressed-tensors"),
         others=("model.embed_tokens", "lm_head"),
     ),
+    "mindspore": FolderFacts(
+        "mindspore", "gs0.6", {"config.json": {**MODEL, "model_type": "llama"}}, ("m.ckpt",),
+        ("config.json", "predict_m.yaml", "rank_0"), layers("msmodelslim"),
+    ),
     "dense": FolderFacts("dense", "hf", {"config.json": MODEL}, ("model.safetensors",), ("config.json", "model.safetensors")),
 }  # fmt: skip
 MINDIE = {"config.json": {**MODEL, "quantize": "w8a16"}, "quantization_config": {"group_size": 0}}
@@ -99,6 +104,10 @@ def safe(consumer: str, format: str) -> FolderFacts:
     """MindIE wants a quantization_config that vllm-ascend must not find, and vllm-ascend W8A8 of compressed-tensors."""
     if (consumer, format) == ("mindie", "msmodelslim"):
         return replace(SAFE[format], configs=MINDIE, names=("config.json", "quant_model_description_w8a16.json"))
+    if (consumer, format) == ("mindformers-1.6", "mindspore"):
+        return replace(SAFE[format], variant="gs1.2")
+    if (consumer, format) == ("mindformers-2", "mindspore"):
+        return quantized_inputs(replace(SAFE[format], variant="hf"))
     if (consumer, format) == ("vllm-ascend", "compressed-tensors"):
         return quantized_inputs(SAFE[format])
     return SAFE[format]
@@ -354,6 +363,17 @@ FAILS: list[tuple[str, str, str, Change]] = [
     ("mindie", "msmodelslim", "type", every(type="W4A4_DYNAMIC")),
     ("mindie", "msmodelslim", "described", folder(undescribed=("model.layers.0.mlp.gate_proj",))),
     ("mindie", "dense", "file-names", NAMES),
+    ("mindformers", "mindspore", "variant", folder(variant="gs1.2")),
+    ("mindformers", "mindspore", "model-type", config("config.json", model_type="qwen3")),
+    ("mindformers", "mindspore", "file-names", folder(names=("config.json", "rank_0"))),
+    ("mindformers", "mindspore", "ranks", folder(names=("predict_m.yaml", "rank_0", "rank_1"))),
+    ("mindformers-1.6", "mindspore", "variant", folder(variant="hf")),
+    ("mindformers-1.6", "mindspore", "file-names", folder(names=("config.json", "rank_0"))),
+    ("mindformers-1.6", "mindspore", "ranks", folder(names=("predict_m.yaml", "rank_0", "rank_1", "rank_2"), tp=2)),
+    ("mindformers-2", "mindspore", "variant", folder(variant="gs1.2")),
+    ("mindformers-2", "mindspore", "type", layer(inputs="")),
+    ("mindformers-2", "mindspore", "type", layer(bits=4)),
+    ("mindformers-2", "dense", "file-names", NAMES),
 ]
 
 
@@ -431,26 +451,29 @@ def test_a_marlin_layout_of_awq_has_no_qzeros() -> None:
 # --- real folders -------------------------------------------------------------------------------------------------------
 
 EXPECTED = {
-    "awq_gemm_g128_zp": {"autogptq": ["version"], "vllm-ascend": ["format"], "mindie": ["format"]},
+    "awq_gemm_g128_zp": {"autogptq": ["version"]},
     "gptq_v1_4b_g128_sym": {
         "transformers": ["file-names"], "autoawq": ["format"], "gptqmodel": ["is-marlin-format"], "vllm": ["file-names"],
-        "vllm-ascend": ["format"], "mindie": ["format"],
+       
     },
     "gptq_v1_4b_g128_asym": {
         "transformers": ["file-names"], "autoawq": ["format"], "gptqmodel": ["asymmetric-v1", "is-marlin-format"],
         "vllm": ["symmetric", "file-names"], "sglang": ["symmetric"], "lmdeploy": ["symmetric"],
-        "vllm-ascend": ["format"], "mindie": ["format"],
+       
     },
     "gptq_v1_4b_gm1_sym": {
         "transformers": ["file-names"], "autoawq": ["format"], "gptqmodel": ["is-marlin-format"], "vllm": ["file-names"],
-        "lmdeploy": ["group-size"], "vllm-ascend": ["format"], "mindie": ["format"],
+        "lmdeploy": ["group-size"],
     },
-    "gptqmodel_v1_4b_g128_sym": {"autoawq": ["format"], "vllm-ascend": ["format"], "mindie": ["format"]},
+    "gptqmodel_v1_4b_g128_sym": {"autoawq": ["format"]},
     "gptqmodel_v2_3b_g128": {
         "autoawq": ["format"], "autogptq": ["variant"], "vllm": ["bits"], "sglang": ["bits"], "lmdeploy": ["bits", "variant"],
-        "vllm-ascend": ["format"], "mindie": ["format"],
+       
     },
 }  # fmt: skip
+NO_HUB_FORMATS = ("vllm-ascend", "mindie", "mindformers", "mindformers-1.6", "mindformers-2")
+"""Consumers that read neither AWQ nor GPTQ."""
+EXPECTED = {case: {**found, **{consumer: ["format"] for consumer in NO_HUB_FORMATS}} for case, found in EXPECTED.items()}
 
 
 @pytest.mark.parametrize("case", EXPECTED)
@@ -624,6 +647,34 @@ def test_static_scales_in_the_other_dtype_of_the_model(tmp_path: Path) -> None:
     assert path.plan is not None
     (one,) = check(tmp_path / "out", "vllm-ascend").unmet
     assert (one.code, one.found) == ("deq-scale", "I64 in a model of bfloat16")
+
+
+RANKED_GOLDEN = FIXTURES / "golden_stick" / "ptq_a8w8_gs120.ckpt"
+
+
+def test_what_is_written_for_mindformers_it_loads(tmp_path: Path) -> None:
+    """Without a variant, the one that the consumer's version knows is written; a folder of ranks is for so many cards."""
+    source, base = RANKED_GOLDEN, FIXTURES / "golden_stick"
+    for consumer, target in (
+        ("mindformers", "mindspore:gs0.6"),
+        ("mindformers-1.6", "mindspore:gs1.2"),
+        ("mindformers-2", "mindspore:hf"),
+    ):
+        result = convert(source, tmp_path / consumer, "mindspore", consumer=consumer, base_model=base)
+        assert result.plan.target_name == target
+        assert check(tmp_path / consumer, consumer).unmet == []
+        others = {name for name in CONSUMERS if name.startswith("mindformers") and not check(tmp_path / consumer, name).unmet}
+        assert others == {consumer}
+    convert(source, tmp_path / "ranks", "mindspore", consumer="mindformers", base_model=base, tp=2)
+    assert check(tmp_path / "ranks", "mindformers", tp=2).ok
+    (one,) = check(tmp_path / "ranks", "mindformers").unmet
+    assert (one.code, one.found) == ("ranks", "parts for 2 ranks, on 1")
+    refused = plan(source, "mindspore:gs1.2", consumer="mindformers", base_model=base).refusals
+    assert [refusal.code for refusal in refused] == ["variant"]
+    (tmp_path / "alone").mkdir()
+    shutil.copy(source, tmp_path / "alone")
+    convert(tmp_path / "alone", tmp_path / "bare", "mindspore")
+    assert [one.code for one in check(tmp_path / "bare", "mindformers-1.6").unmet] == ["file-names"]  # no config.json, so no YAML
 
 
 def test_what_to_do_names_the_new_routes() -> None:

@@ -16,8 +16,8 @@ from places import HIDDEN, assert_unfinished, failing, fails, full, journalled, 
 from convert import engine
 from convert.engine import convert, run
 from convert.journal import Journal
+from convert.outputs import FileOutput
 from convert.planning import plan
-from convert.staging import Output
 from convert.verification import verify
 from formats.errors import DestinationError, UnreadableError
 
@@ -287,7 +287,7 @@ def test_interrupt_leaves_nothing_visible(jobs: int, source: Path, place: Path, 
 
 
 def test_interrupt_before_anything_was_done_leaves_nothing(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Output, "make", stops_after(0, KeyboardInterrupt(), Output.make))
+    monkeypatch.setattr(FileOutput, "make", stops_after(0, KeyboardInterrupt(), FileOutput.make))
     with pytest.raises(KeyboardInterrupt):
         convert(source, place / "out", "awq")
     assert names(place) == []

@@ -16,7 +16,7 @@ import pytest
 from checkpoints import change_json, change_tensors, model, write_msmodelslim
 from places import HIDDEN, assert_unfinished, failing, fails, names, path_of, snapshot, succeeds
 
-from convert import staging
+from convert import outputs
 from convert.engine import convert
 from convert.planning import plan
 from convert.verification import verify
@@ -89,8 +89,8 @@ def test_a_shard_that_changes_while_it_is_converted(
 ) -> None:
     """After the plan was made, and before a weight was read. most: files that are held open."""
     monkeypatch.setattr(files, "MAX_OPEN", most)
-    make = staging.Output.make
-    monkeypatch.setattr(staging.Output, "make", lambda self: (make(self), change(source / SHARD)))
+    make = outputs.FileOutput.make
+    monkeypatch.setattr(outputs.FileOutput, "make", lambda self: (make(self), change(source / SHARD)))
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(UnreadableError, match=f"^{SHARD}: ({CHANGES[change]})"):
         convert(source, place / "out", "awq")

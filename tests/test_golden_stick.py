@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,13 +19,11 @@ from safetensors.numpy import save_file
 from convert import convert, fingerprint, inspect, plan, verify
 from formats import open_checkpoint
 from formats.errors import RefusedError, UnreadableError
-from formats.ir import Array, dequantize, read
+from formats.ir import Array, dequantize
 from formats.mindspore_file import MindSporeFile
 from formats.mindspore_output import lay_out_checkpoint, save
-from formats.mindspore_ranks import ParameterLayout, read_strategy
 from formats.mindspore_yaml import read_quantization
-from formats.protobuf import bytes_field, varint_field
-from formats.safetensors_file import NAMES, stored_tensor
+from formats.safetensors_file import NAMES
 
 GOLDENS = FIXTURES / "golden_stick"
 CELLS = {
@@ -525,18 +522,25 @@ def test_what_mindformers_has_no_name_for_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tensor_beyond_a_chunk_is_cut_and_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers that are stored as one in chunks that end within rows are the same weights."""
+@pytest.mark.parametrize(
+    ("options", "tensor", "size"),
+    [({"qkv_concat": True}, "attention.w_qkv", 256 * 256), ({"tp": 2}, "attention.wq", 256 * 64)],
+    ids=["fused", "ranks"],
+)
+def test_a_tensor_beyond_a_chunk_is_cut_and_joined(
+    options: Any, tensor: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that are stored as one, or in ranks, in chunks that end within rows are the same weights."""
     from formats import mindspore_target
     from formats.mindformers_file import lay_out_mindformers
 
-    def small(*arguments: Any) -> Any:
-        return lay_out_mindformers(*arguments, chunk_bytes=10_000)
+    def small(*arguments: Any, **more: Any) -> Any:
+        return lay_out_mindformers(*arguments, **more, chunk_bytes=10_000)
 
     monkeypatch.setattr(mindspore_target, "lay_out_mindformers", small)
-    convert(GOLDENS / "ptq_a16w4_pg_gs120.ckpt", tmp_path / "out", "mindspore", qkv_concat=True)
+    convert(GOLDENS / "ptq_a16w4_pg_gs120.ckpt", tmp_path / "out", "mindspore", **options)
     (path,) = (tmp_path / "out" / "rank_0").iterdir()
-    assert path.read_bytes().count(b"attention.w_qkv._layer.weight") == 2 * -(-256 * 256 // 10_000)
+    assert path.read_bytes().count(f"{tensor}._layer.weight".encode()) == 2 * -(-size // 10_000)
     assert fingerprint(tmp_path / "out").digest == fingerprint(GOLDENS / "ptq_a16w4_pg_gs120.ckpt").digest
 
 
@@ -607,88 +611,6 @@ def test_a_description_that_names_what_is_not_there_is_refused(tmp_path: Path) -
     ):
         (tmp_path / "quantization_description.json").write_text(json.dumps({**description, **change}))
         assert wanted in fails(5, "inspect", tmp_path)
-
-
-RANKS = FIXTURES / "golden_stick_ranks"
-
-
-def copy_of_ranks(folder: Path) -> Path:
-    shutil.copytree(RANKS, folder)
-    return folder
-
-
-def test_ranks_are_read_as_the_model_that_mindspore_split(tmp_path: Path) -> None:
-    """Four ranks, two copies of two parts: codes split along inputs and outputs, scales by output and by group."""
-    whole, ranks = MindSporeFile(GOLDENS / "ptq_a16w4_pg_gs120.ckpt"), open_checkpoint(RANKS)
-    stored = ranks.tensors.files[0].stored  # type: ignore[attr-defined]
-    names = [name for name in whole.tensors if ".layers.1." not in name]
-    assert set(stored.tensors) == set(names)
-    for name in names:
-        found = stored_tensor(stored.data, name, stored.tensors[name])
-        np.testing.assert_array_equal(found.read(), whole.array(name))
-    # A part of the rows and columns, across the ranks' borders.
-    name = "model.layers.0.feed_forward.w2._layer.weight"
-    found = stored_tensor(stored.data, name, stored.tensors[name])
-    np.testing.assert_array_equal(found.read(slice(200, 300), slice(30, 100)), whole.array(name)[200:300, 30:100])
-    source, prints = fingerprint(GOLDENS / "ptq_a16w4_pg_gs120.ckpt"), fingerprint(RANKS)
-    assert {name: source.tensors[name] for name in prints.tensors} == prints.tensors
-    convert(RANKS, tmp_path / "out", "awq", base_model=GOLDENS)
-    assert fingerprint(tmp_path / "out").digest == prints.digest
-
-
-def test_a_strategy_file_may_lie_beside_or_above(tmp_path: Path) -> None:
-    ranks = copy_of_ranks(tmp_path / "ranks")
-    (tmp_path / "strategy").mkdir()
-    shutil.move(ranks / "ckpt_strategy_rank_0.ckpt", tmp_path / "strategy" / "ckpt_strategy_rank_0.ckpt")
-    assert fingerprint(ranks).digest == fingerprint(RANKS).digest
-    shutil.rmtree(tmp_path / "strategy")
-    assert "holds 4 ranks, each a part of the model, and no ckpt_strategy_rank_0.ckpt says which" in fails(5, "inspect", ranks)
-
-
-def test_ranks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    strategy = "ckpt_strategy_rank_0.ckpt"
-    missing = copy_of_ranks(tmp_path / "missing")
-    shutil.rmtree(missing / "rank_2")
-    assert "missing: rank_2 is missing; wanted one in each of rank_0 to rank_2" in fails(5, "inspect", missing)
-    fewer = copy_of_ranks(tmp_path / "fewer")
-    shutil.rmtree(fewer / "rank_3")
-    assert "over 4 devices; it is of another run" in fails(5, "inspect", fewer)
-    other = copy_of_ranks(tmp_path / "other")
-    shutil.copy(GOLDENS / "ptq_a16w4_pg_gs120.ckpt", other / "rank_1" / "checkpoint_1.ckpt")
-    assert "in rank 1, and" in fails(5, "inspect", other)
-    two = copy_of_ranks(tmp_path / "two")
-    shutil.copy(two / "rank_1" / "checkpoint_1.ckpt", two / "rank_1" / "again.ckpt")
-    assert "rank_1 holds 2 .ckpt files" in fails(5, "inspect", two)
-    empty = copy_of_ranks(tmp_path / "empty")
-    (empty / strategy).write_bytes(b"\x08\x00")
-    assert "says how no parameter is split" in fails(5, "inspect", empty)
-    broken = copy_of_ranks(tmp_path / "broken")
-    (broken / strategy).write_bytes((RANKS / strategy).read_bytes()[:-5])
-    assert strategy in fails(5, "inspect", broken)
-
-
-@pytest.mark.parametrize("position", range(0, 1900, 97))
-def test_a_strategy_with_a_wrong_byte_is_read_or_refused(position: int, tmp_path: Path) -> None:
-    data = bytearray((RANKS / "ckpt_strategy_rank_0.ckpt").read_bytes())
-    data[position] ^= 0xFF
-    (tmp_path / "ckpt_strategy_rank_0.ckpt").write_bytes(bytes(data))
-    with contextlib.suppress(UnreadableError, RefusedError):
-        read_strategy(tmp_path / "ckpt_strategy_rank_0.ckpt")
-
-
-PLACES = {
-    (1, 0): [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
-    (2,): [0] * 12 + [1] * 12,
-    (0, 2): [0, 2, 4, 0, 2, 4, 0, 2, 4, 0, 2, 4, 1, 3, 5, 1, 3, 5, 1, 3, 5, 1, 3, 5],
-    (-1, 1): [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3],
-}
-"""By tensor_map, what MindSpore's ``_get_tensor_slice_index`` (2.7.1) says of 24 ranks whose dev_matrix is [2, 4, 3]."""
-
-
-@pytest.mark.parametrize("split", PLACES)
-def test_layouts_place_ranks_as_mindspore_does(split: tuple[int, ...]) -> None:
-    layout = ParameterLayout((2, 4, 3), split)
-    assert [int(np.ravel_multi_index(layout.place(rank), layout.counts())) for rank in range(24)] == PLACES[split]
 
 
 def test_an_interrupted_conversion_is_finished_and_a_finished_one_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -792,52 +714,3 @@ def test_a_static_product_is_made_of_the_scales_not_of_msmodelslims_rounded_one(
     np.testing.assert_array_equal(stored, f32(layer.grid("scales"))[:, 0] * f32(layer.input_scale))
     zero, codes = int(raw.array(f"{cell}.quant_op.input_zp")[0]), raw.array(f"{cell}._layer.weight").astype(np.int64)
     np.testing.assert_array_equal(raw.array(f"{cell}._layer.matmul.quant_bias"), -zero * codes.sum(1))
-
-
-LLAMA2_70B = {"wq": (8192, 8192), "wk": (1024, 8192), "wv": (1024, 8192), "wo": (8192, 8192)}
-FEED_FORWARD = {"w1": (28672, 8192), "w2": (8192, 28672), "w3": (28672, 8192)}
-
-
-def sparse(path: Path, ranks: int) -> dict[str, int]:
-    """A rank of Llama2-70B in 8 bits, whose data are holes; the axis that each tensor is split along."""
-    entries: list[Any] = [("model.tok_embeddings.embedding_weight", "F16", (32000 // ranks, 8192))]
-    split = {entries[0][0]: 0}
-    for block in range(80):
-        for place, cells in (("attention", LLAMA2_70B), ("feed_forward", FEED_FORWARD)):
-            for cell, (out, in_) in cells.items():
-                name, by_row = f"model.layers.{block}.{place}.{cell}._layer", cell in {"wo", "w2"}
-                shape = (out, in_ // ranks) if by_row else (out // ranks, in_)
-                entries += [(f"{name}.weight", "I8", shape)]
-                entries += [(f"{name}.matmul.{leaf}", "F16", (shape[0],)) for leaf in ("weight_scale", "weight_zp")]
-                split |= {f"{name}.weight": int(by_row)}
-                split |= {} if by_row else {f"{name}.matmul.{leaf}": 0 for leaf in ("weight_scale", "weight_zp")}
-    file = lay_out_checkpoint(entries, path.name)
-    path.parent.mkdir(parents=True)
-    with path.open("wb") as handle:
-        handle.truncate(file.size)
-        for at, head in file.heads():
-            handle.seek(at)
-            handle.write(head)
-    return split
-
-
-def test_llama2_70b_is_planned_from_one_file_or_eight(tmp_path: Path) -> None:
-    """69 GB that take no room: shapes, names and every output byte come from headers alone."""
-    split = sparse(tmp_path / "whole" / "llama2_70b.ckpt", 1)
-    for rank in range(8):
-        sparse(tmp_path / "ranks" / f"rank_{rank}" / "llama2_70b.ckpt", 8)
-    items = []
-    for name, axis in split.items():
-        devices = bytes_field(1, varint_field(1, 8))
-        axes = b"".join(varint_field(1, 0 if number == axis else (1 << 64) - 1) for number in range(1 if "matmul" in name else 2))
-        items.append(bytes_field(3, bytes_field(1, name.encode()) + bytes_field(2, devices + bytes_field(2, axes))))
-    (tmp_path / "ranks" / "ckpt_strategy_rank_0.ckpt").write_bytes(varint_field(1, 0) + b"".join(items))
-    plans = [plan(tmp_path / place, "gptq", probe=False, base_model=GOLDENS) for place in ("whole", "ranks")]
-    for decided in plans:
-        assert decided.refusals == []
-        assert len(decided.layers) == 560
-        assert decided.checkpoint.layer("model.layers.79.mlp.down_proj").shape == (8192, 28672)
-        assert decided.target_bytes > 68e9
-    assert [layer.target for layer in plans[0].layers] == [layer.target for layer in plans[1].layers]
-    layer = plans[1].checkpoint.layer("model.layers.79.mlp.down_proj")
-    assert not read(layer.codes, slice(8000, 8064), slice(3000, 9000)).any()

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from formats import awq, gptq, ir, layouts, msmodelslim
+from formats import awq, gptq, ir, layouts, mindspore_target, msmodelslim
 from formats.errors import UnreadableError, WeighbridgeError
 from formats.ir import Array, QuantArgs, QuantizedLinear, QuantScheme
 from formats.layouts import PackedMatrix, PackLayout, pack_reference, unpack_reference
@@ -141,6 +141,15 @@ def test_msmodelslim_packs_two_inputs_a_byte_the_even_one_low(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("outputs", [4, 8, 12, 24])
+def test_golden_stick_packs_two_outputs_a_byte_by_input(outputs: int, name: str) -> None:
+    """Output o of input 0 holds o modulo 8, of input 1 -8: bytes 10 32 54 76 10 ... and 88 88 ..., the even output low."""
+    by_input = np.array([[o % 8 for o in range(outputs)], [-8] * outputs], dtype=np.int8)
+    stored = np.array([([0x10, 0x32, 0x54, 0x76] * 3)[: outputs // 2], [0x88] * (outputs // 2)], dtype=np.uint8).view("i1")
+    assert_spelled(mindspore_target.NIBBLES, by_input.T, stored, name)
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_a_container_byte_is_the_code_and_is_read_without_copying(name: str) -> None:
     codes = np.array([[-128, -1, 0], [1, 7, 127]], dtype=np.int8)
     assert_spelled(msmodelslim.CONTAINER, codes, codes.copy(), name)
@@ -157,6 +166,7 @@ DECLARED = (
     msmodelslim.CONTAINER,
     msmodelslim.PACKED_ROWS,
     msmodelslim.PACKED_COLUMNS,
+    mindspore_target.NIBBLES,
 )
 
 
@@ -321,6 +331,19 @@ def test_a_larger_array_around_the_input_is_not_written_to(name: str, layout: Pa
         before = whole.copy()
         np.testing.assert_array_equal(layout.unpack(stored), codes)
         np.testing.assert_array_equal(whole, before)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("padding", [8, 3])
+@pytest.mark.parametrize("layout", DECLARED, ids=str)
+def test_packing_into_a_part_of_an_array_leaves_the_rest(name: str, layout: PackLayout, padding: int) -> None:
+    shape = (layout.span * 8, layout.span * 8)
+    codes = np.random.default_rng(padding).integers(layout.low, layout.low + (1 << layout.bits), shape).astype(np.int8)
+    expected = inside(pack_reference(layout, codes), padding)
+    place = inside(np.zeros(layout.stored_shape(shape), layout.word_dtype), padding)
+    with engine(name):
+        layout.pack(codes, place)
+    np.testing.assert_array_equal(np.asarray(place.base), np.asarray(expected.base))
 
 
 @pytest.mark.parametrize("name", ENGINES)

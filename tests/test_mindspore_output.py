@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mindspore_records import record, with_crc
 from places import failing, full
 
-from convert.staging import Output
+from convert.outputs import FileOutput
 from formats.errors import DestinationError, RefusedError
 from formats.mindspore_file import TYPES, MindSporeFile
 from formats.mindspore_output import Entry, MindSporeOutput, Text, append_dict, entries_of, lay_out_checkpoint, save, stream
@@ -74,7 +74,7 @@ def test_append_dict_is_spelled_as_it_does() -> None:
 def test_tiles_in_any_order_make_the_same_file(tmp_path: Path, name: str) -> None:
     """Through the conversion engine's own output; the file is nothing until it is finished."""
     golden = MindSporeFile(GOLDENS / f"{name}.ckpt")
-    output = Output(tmp_path, lay_out_checkpoint(entries_of(golden), "w.ckpt", **GOLDEN_LAYOUTS[name]))
+    output = FileOutput(tmp_path, lay_out_checkpoint(entries_of(golden), "w.ckpt", **GOLDEN_LAYOUTS[name]))
     output.make()
     tiles = []
     for key, info in golden.tensors.items():

@@ -12,7 +12,7 @@ import pytest
 from checkpoints import FIXTURES
 from safetensors.numpy import save_file
 
-from convert.staging import Output
+from convert.outputs import FileOutput
 from formats.errors import RefusedError, UnreadableError
 from formats.mindspore_safetensors import MindSporeSafetensors, lay_out_mindspore_safetensors
 from formats.safetensors_file import DTYPES, SafetensorsFile
@@ -104,7 +104,7 @@ def test_a_golden_is_written_again(tmp_path: Path, name: str) -> None:
     golden = MindSporeSafetensors(GOLDENS / f"{name}.safetensors")
     triples = [(key, golden.metadata.get(key, info.dtype), info.shape) for key, info in golden.tensors.items()]
     laid_out = lay_out_mindspore_safetensors(triples, "w.safetensors", crc=golden.crc is not None)
-    output = Output(tmp_path, laid_out)
+    output = FileOutput(tmp_path, laid_out)
     output.make()
     for key, info in laid_out.tensors.items():
         output.write(info, golden.array(key).reshape(-1, (info.shape or (1,))[-1]), 0, 0)
@@ -121,7 +121,7 @@ def test_a_small_crc_leaves_the_offsets_as_they_were(tmp_path: Path) -> None:
     """Ten digits have room; this one has six."""
     value = next(n for n in range(1 << 20) if zlib.crc32(b"w" + n.to_bytes(4, "little")) < 1_000_000)
     laid_out = lay_out_mindspore_safetensors([("w", "U32", (1,))], "w.safetensors", crc=True)
-    output = Output(tmp_path, laid_out)
+    output = FileOutput(tmp_path, laid_out)
     output.make()
     output.write(laid_out.tensors["w"], np.array([[value]], np.uint32), 0, 0)
     output.finish()

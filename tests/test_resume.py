@@ -20,7 +20,7 @@ from checkpoints import Model, change_json, linear, model, weight_file, write_ms
 from killing import TileKey, counted_pwrites, kill_after, small_tiles, watched
 from places import HIDDEN, assert_unfinished, fails, full, journalled, names, path_of, snapshot, stops_after, succeeds
 
-from convert import engine, journal, staging, tiling
+from convert import engine, journal, outputs, staging, tiling
 from convert.engine import convert
 from convert.journal import Done, Journal
 from convert.staging import clean
@@ -235,8 +235,8 @@ def synced_often(place: Path, size: int = 50_000) -> Iterator[list[dict[str, byt
         real(self, upto)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staging, "SYNC_BYTES", size)
-        patch.setattr(staging, "ThreadPoolExecutor", AtOnce)
+        patch.setattr(outputs, "SYNC_BYTES", size)
+        patch.setattr(outputs, "ThreadPoolExecutor", AtOnce)
         patch.setattr(Journal, "synced", keep_state)
         yield states
 
@@ -300,14 +300,14 @@ def test_after_a_failed_sync_nobody_knows_what_the_disk_holds(
     """The kernel may forget what it could not write: the work since the sync before does not count, on the same boot either."""
     failed = OSError(5, "Input/output error")
     with small_tiles(), synced_often(place, 1) as states, monkeypatch.context() as patch:
-        real = staging.Syncer._sync
+        real = outputs.Syncer._sync
 
-        def sync(self: staging.Syncer, upto: int) -> None:
+        def sync(self: outputs.Syncer, upto: int) -> None:
             if len(states) == syncs:
                 patch.setattr(os, "fdatasync", stops_after(0, failed, os.fdatasync))
             real(self, upto)
 
-        patch.setattr(staging.Syncer, "_sync", sync)
+        patch.setattr(outputs.Syncer, "_sync", sync)
         with pytest.raises(DestinationError, match="Input/output error"):
             convert(source, place / "out", "awq", jobs=1)
     if not syncs:
@@ -320,17 +320,17 @@ def test_after_a_failed_sync_nobody_knows_what_the_disk_holds(
 
 def test_what_is_written_during_a_sync_is_synced_by_the_next(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sync clears ``dirty`` and then syncs; a write that it overtook must leave the file dirty."""
-    real, outputs = staging.write_all, []
+    real, made = outputs.write_all, []
 
     def overtaken(fd: int, data: Any, offset: int) -> None:
-        for output in outputs:
+        for output in made:
             output.dirty &= path_of(fd) != str(output.path)
         real(fd, data, offset)
 
-    make, finish, dirty = staging.Output.make, staging.Output.finish, []
-    monkeypatch.setattr(staging.Output, "make", lambda self: (outputs.append(self), make(self)))
-    monkeypatch.setattr(staging.Output, "finish", lambda self: (dirty.append(self.dirty), finish(self)))
-    monkeypatch.setattr(staging, "write_all", overtaken)
+    make, finish, dirty = outputs.FileOutput.make, outputs.FileOutput.finish, []
+    monkeypatch.setattr(outputs.FileOutput, "make", lambda self: (made.append(self), make(self)))
+    monkeypatch.setattr(outputs.FileOutput, "finish", lambda self: (dirty.append(self.dirty), finish(self)))
+    monkeypatch.setattr(outputs, "write_all", overtaken)
     convert(source, place / "out", "awq", jobs=1, max_shard_size=20_000)
     assert len(dirty) > 1
     assert all(dirty)

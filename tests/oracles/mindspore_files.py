@@ -10,9 +10,12 @@ Run by the interpreter that has MindSpore 2.7.1 (``nox -s mindspore`` builds it)
   ``async_save``, ``append_dict``, ``format`` ...);
 * ``{"do": "load", "file", "options"}``: ``load_checkpoint``; ``dec_key`` is hexadecimal;
 * ``{"do": "strategy", "file"}``: a parallel strategy of one operator and one parameter, by MindSpore's own message classes.
+* ``{"do": "merge", "folder", "out", "file"}``: ``transform_checkpoints`` of the ranks in a folder, by its strategy file, into one
+  checkpoint in ``out``, which is loaded; and of every parameter of the whole checkpoint in ``file`` that ``merge_sliced_parameter`` of the
+  loaded ranks gives something else, its name.
 
-It prints one line of JSON: of each job what went wrong, in words, or null; of a load [name, type, shape, SHA-256 of the bytes]s, of a
-text [name, "text", [], text].
+It prints one line of JSON: of each job what went wrong, in words, or null; of a load and a merge [name, type, shape, SHA-256 of the
+bytes]s, of a text [name, "text", [], text]. A merge that differs is what went wrong.
 """
 
 from __future__ import annotations
@@ -78,7 +81,24 @@ def strategy(job: dict[str, Any]) -> None:
     Path(job["file"]).write_bytes(found.SerializeToString())
 
 
-DO = {"save": save, "load": load, "strategy": strategy}
+def merge(job: dict[str, Any]) -> list[list[Any]]:
+    folder = Path(job["folder"])
+    strategy_file = str(folder / "strategy" / "ckpt_strategy_rank_0.ckpt")
+    ms.transform_checkpoints(str(folder), job["out"], "merged_", strategy_file, None)
+    said = ms.build_searched_strategy(strategy_file)
+    ranks = [ms.load_checkpoint(str(path)) for path in sorted(folder.glob("rank_*/*.ckpt"))]
+    for name, value in ms.load_checkpoint(job["file"]).items():
+        if "Int4" in str(value.dtype) or value.dtype == ms.bfloat16:  # of which it makes no arrays
+            continue
+        found = ms.parallel.checkpoint_transform.merge_sliced_parameter([rank[name] for rank in ranks], said)
+        split = -1 if len(value.shape) == 0 else max(said[name].tensor_map[0].dim, default=-1)
+        whole = ranks[0][name] if split < 0 else found
+        if whole.asnumpy().tobytes() != value.asnumpy().tobytes():
+            raise ValueError(f"{name} is merged to {whole.shape}, and is {value.shape}, or their data differ")
+    return load({"file": str(next(Path(job["out"]).glob("rank_0/*.ckpt"))), "options": {}})
+
+
+DO = {"save": save, "load": load, "strategy": strategy, "merge": merge}
 
 
 def main(jobs: Path) -> list[Any]:

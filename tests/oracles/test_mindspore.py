@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from judge import Tool
 
-from convert.staging import Output
+from convert import convert
+from convert.outputs import FileOutput
 from formats.errors import UnreadableError
 from formats.mindspore_file import TYPES, MindSporeFile
 from formats.mindspore_output import Entry, append_dict, entries_of, lay_out_checkpoint, save
@@ -26,6 +27,7 @@ from formats.safetensors_file import DTYPES
 
 pytestmark = pytest.mark.oracle
 
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 MIB = 1 << 20
 SHAPES = ((), (1,), (7,), (3, 5), (64, 96), (2, 3, 4, 5), (1, 1, 9, 1), (0, 4), (5, 0))
 APPENDED = {"epoch": 7, "lr": 0.1, "done": True, "note": "量化 ✓ 𝄞", "empty": "", "step": -(2**62)}
@@ -179,7 +181,7 @@ def test_what_its_thread_saves_is_cut_into_rows(mindspore: MindSpore, chunk: int
 @pytest.mark.parametrize("chunk", [7, 1000, 512 * MIB])
 def test_it_loads_what_tiles_wrote_in_any_order(mindspore: MindSpore, chunk: int) -> None:
     tensors = tensors_of()
-    output = Output(mindspore.folder, lay_out_checkpoint(entries(tensors), "ours.ckpt", crc=True, chunk_bytes=chunk))
+    output = FileOutput(mindspore.folder, lay_out_checkpoint(entries(tensors), "ours.ckpt", crc=True, chunk_bytes=chunk))
     output.make()
     tiles = [(name, row, col) for name, one in tensors.items() for row, col in corners(one)]
     for number in np.random.default_rng(5).permutation(len(tiles)):
@@ -268,6 +270,30 @@ def test_a_strategy_is_no_checkpoint(mindspore: MindSpore) -> None:
         MindSporeFile(path)
 
 
+RANKED = {
+    "ptq_a16w4_pg_gs120": "mindspore:gs1.2",
+    "ptq_a8w8_gs120": "mindspore:gs1.2",
+    "rtn_a16w8_gs060": "mindspore:gs0.6",
+    "sq_a8w8_gs060": "mindspore:gs0.6",
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("golden", RANKED)
+def test_it_merges_the_ranks_that_we_write_to_the_model_that_was_split(mindspore: MindSpore, golden: str, ranks: int) -> None:
+    """Its transform_checkpoints, which says Int8 of Int4, and where it can, its merge_sliced_parameter."""
+    source, base = FIXTURES / "golden_stick" / f"{golden}.ckpt", FIXTURES / "golden_stick"
+    convert(source, mindspore.folder / "one", RANKED[golden], base_model=base)
+    convert(source, mindspore.folder / "ranks", RANKED[golden], base_model=base, tp=ranks)
+    (whole,) = (mindspore.folder / "one" / "rank_0").iterdir()
+    job = {"do": "merge", "folder": str(mindspore.folder / "ranks"), "out": str(mindspore.folder / "merged"), "file": str(whole)}
+    (merged,) = mindspore.answers(job)
+    assert isinstance(merged, list), merged
+    wanted = {name: (type.replace("Int4", "Int8"), shape, digest) for name, (type, shape, digest) in mindspore.load(whole).items()}
+    assert {name: (type, shape, digest) for name, type, shape, digest in merged} == wanted
+    assert len(wanted) > 21
+
+
 @pytest.mark.parametrize(("cut", "wanted"), [(4, "takes 12 bytes, and 8 are there"), (0, None)], ids=["short", "whole"])
 def test_it_pads_what_is_short_and_we_do_not(mindspore: MindSpore, cut: int, wanted: str | None) -> None:
     length = 12 - cut
@@ -300,7 +326,7 @@ def test_safetensors_both_ways(mindspore: MindSpore, crc: bool) -> None:
         file.check_crc()
 
     layout = lay_out_mindspore_safetensors([(name, *one.entry) for name, one in tensors.items()], "ours.safetensors", crc=crc)
-    output = Output(mindspore.folder, layout)
+    output = FileOutput(mindspore.folder, layout)
     output.make()
     for name, one in has_elements(tensors).items():
         output.write(layout.tensors[name], one.array.reshape(-1, width(one)), 0, 0)

@@ -1,4 +1,4 @@
-"""pytorch_model.bin folders, written by the real torch: read like their safetensors twins, and never run.
+"""pytorch_model.bin folders and Meta's .pth files, written by the real torch: read like their safetensors twins, and never run.
 
 ``make oracles`` runs these with an interpreter that has torch beside Weighbridge.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from convert import convert, inspect, verify
@@ -79,7 +80,47 @@ def test_bfloat16_tensors_keep_their_bits(torch: Any, tmp_path: Path) -> None:
 
     found = open_checkpoint(folder).plain("model.layers.0.mlp.down_proj.weight")
     assert found.dtype == "BF16"
-    assert found.data.tobytes() == weight.view(torch.int16).numpy().tobytes()
+    assert found.data.read().tobytes() == weight.view(torch.int16).numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", ["state_dict", "transposed", "shared", "parameters"])
+def test_what_torch_saves_is_read_as_torch_loads_it(kind: str, torch: Any, tmp_path: Path) -> None:
+    """Views, strides, storages that two tensors share, an OrderedDict with metadata, scalars and tensors of nothing."""
+    from formats.torch_zip import TorchZipFile
+
+    whole = torch.arange(60, dtype=torch.float32).view(6, 10)
+    saved = {
+        "state_dict": torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3)).state_dict(),
+        "transposed": {"t": whole.t(), "row": whole[3], "spread": torch.ones(1, 4).expand(7, 4), "every other": whole[::2, 1::3]},
+        "shared": {"a": whole, "b": whole[2:], "nothing": torch.empty(0, 4), "scalar": torch.tensor(7), "bool": whole > 30},
+        "parameters": {"p": torch.nn.Parameter(whole.half()), "i": whole.char(), "d": whole.double(), "b": whole.bfloat16()},
+    }[kind]
+    torch.save(saved, tmp_path / "w.pth")
+    file = TorchZipFile(tmp_path / "w.pth")
+    loaded = torch.load(tmp_path / "w.pth", weights_only=True)
+    assert list(file.tensors) == list(loaded)
+    for name, value in loaded.items():
+        found = file.tensor(name)
+        array = found if isinstance(found, np.ndarray) else found.read()
+        assert array.shape == tuple(value.shape)
+        wanted = value.detach().contiguous()
+        assert array.tobytes() == (wanted.view(torch.int16) if value.dtype == torch.bfloat16 else wanted).numpy().tobytes(), name
+
+
+def test_metas_weights_are_permuted_as_torch_permutes_them(torch: Any, tmp_path: Path) -> None:
+    """What transformers' convert_llama_weights_to_hf.py does to each part, by the real torch."""
+    import make_meta_goldens as meta
+
+    from formats import open_checkpoint
+
+    model = meta.weights()
+    meta.write(tmp_path / "parts", model, 2)
+    checkpoint = open_checkpoint(tmp_path / "parts")
+    for name, heads in (("q", meta.HEADS), ("k", meta.KEY_HEADS)):
+        stored = model[f"layers.1.attention.w{name}.weight"]
+        wanted = stored.view(heads, meta.SIZE // 2, 2, meta.DIM).transpose(1, 2).reshape(-1, meta.DIM).contiguous()
+        found = checkpoint.tensors.tensor(f"model.layers.1.self_attn.{name}_proj.weight").read()
+        assert found.tobytes() == wanted.view(torch.int16).numpy().tobytes()
 
 
 class Payload:
@@ -100,7 +141,8 @@ def test_a_pickle_with_a_payload_is_refused_and_not_run(zipped: bool, torch: Any
         torch.save({**tensors, "extra": Payload(mark)}, path, _use_new_zipfile_serialization=zipped)
 
     source = bin_folder(CASES[0], tmp_path / "source", save)
-    with pytest.raises(UnreadableError, match=r"pytorch_model\.bin: is damaged, or holds more than tensors"):
+    wanted = "which tensors do not need; nothing was run" if zipped else "is damaged, or holds more than tensors"
+    with pytest.raises(UnreadableError, match=rf"pytorch_model\.bin: .*{wanted}"):
         convert(source, tmp_path / "out", "gptq")
     assert not mark.exists()
     assert not (tmp_path / "out").exists()
