@@ -35,7 +35,7 @@ from torch import Tensor
 
 __all__ = [
     "RoundedWeight", "cache_tensors", "codes_of", "dequant_scale", "fake", "float_bits", "held", "merged_bias", "parameters", "quant_bias",
-    "round_weight", "smooth_quant_inputs", "smoothing_scale", "static_inputs", "stored_smoothing",
+    "round_smooth_quant", "round_weight", "smooth_quant_inputs", "smooth_quant_range", "smoothing_scale", "static_inputs", "stored_smoothing",
 ]  # fmt: skip
 
 LEAST_SMOOTHING = 1e-5
@@ -74,6 +74,23 @@ def round_weight(
     groups = weight.reshape(weight.shape[0], -1, weight.shape[1] if group_size == -1 else group_size)
     scale, zero = parameters(groups.amin(-1), groups.amax(-1), bits, symmetric, within)
     return RoundedWeight(codes_of(groups, scale, zero, bits).reshape(weight.shape), scale, zero)
+
+
+def round_smooth_quant(weight: Tensor, smooth: Tensor) -> tuple[RoundedWeight, Tensor]:
+    """``weight`` [out, in] times ``smooth`` [in] float32, to 8 bits as SmoothQuant of 0.6.0 rounds it; and it in its own dtype.
+
+    The range is of the float32 product, the codes are of what the weight's dtype holds of it.
+    """
+    wide = weight.float() * smooth
+    scale, zero = parameters(wide.amin(1, keepdim=True), wide.amax(1, keepdim=True), 8, True, torch.float32)
+    smoothed = wide.to(weight.dtype)
+    return RoundedWeight(codes_of(smoothed.unsqueeze(1), scale, zero, 8).reshape(weight.shape), scale, zero), smoothed
+
+
+def smooth_quant_range(low: Tensor, high: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, zero) [1] float32 of smoothed inputs, of the float32 extremes [in] of the inputs themselves."""
+    factor = smooth.reciprocal()
+    return parameters((low * factor).min().reshape(1), (high * factor).max().reshape(1), 8, False, torch.float32)
 
 
 def codes_of(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -159,7 +176,10 @@ def cache_tensors(keys: Sequence[Tensor], values: Sequence[Tensor], dtype: torch
         tensors["key_value_t_zp"] = -torch.stack([zero.to(torch.int32) for zero in zeros.values()])
     else:
         for name in found:
-            tensors |= {f"quant_pa.{name[0]}_scale_no_fusion": scales[name].to(dtype), f"quant_pa.{name[0]}_zp_no_fusion": zeros[name].to(dtype)}
+            tensors |= {
+                f"quant_pa.{name[0]}_scale_no_fusion": scales[name].to(dtype),
+                f"quant_pa.{name[0]}_zp_no_fusion": zeros[name].to(dtype),
+            }
         fused, shifts = torch.stack(list(scales.values())), -torch.stack(list(zeros.values()))
         half = dtype == torch.bfloat16
         tensors["quant_pa.k_v_scale_fusion"] = fused.half() if half else float_bits(fused)

@@ -30,10 +30,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from formats.errors import UsageError
+from formats.mindformers_names import names_for
 
 from .config import check_flags, check_number, check_whole
 
-__all__ = ["GoldenStick", "Policy"]
+__all__ = ["GoldenStick", "Policy", "names_of_linear"]
 
 APPROACHES = ("rtn", "smooth_quant", "ptq")
 SUPPRESSIONS = ("none", "smooth", "awq")
@@ -122,7 +123,11 @@ class Policy:
         known = {key for name in used for key in ARGUMENTS[name]}
         for key in self.algorithm_args:
             if key not in known:
-                what = f"its arguments are {', '.join(sorted(known))}" if known else "neither outliers_suppression nor precision_recovery is set"
+                what = (
+                    f"its arguments are {', '.join(sorted(known))}"
+                    if known
+                    else "neither outliers_suppression nor precision_recovery is set"
+                )
                 raise UsageError(f"algorithm_args: there is no argument {key!r} here; {what}")
         args = self.algorithm_args
         for key in ("alpha", "damp_percent"):
@@ -158,6 +163,17 @@ def numbers(value: Any, key: str) -> list[float]:
     if not found or any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in found):
         raise UsageError(f"algorithm_args: {key}: {value!r} is neither a number nor a list of numbers")
     return [float(one) for one in found]
+
+
+def names_of_linear(name: str, model_type: str | None) -> tuple[str, ...]:
+    """Hugging Face's name of a linear and MindFormers', alone and as a part of a fused one."""
+    names = names_for(model_type)
+    found = [name]
+    for fuse in (False, True):
+        stored = None if names is None else names.stored(f"{name}.weight", fuse)
+        if stored is not None:
+            found.append(stored[0].removesuffix(".weight"))
+    return tuple(dict.fromkeys(found))
 
 
 _OF_POLICY = tuple(one.name for one in fields(Policy))
@@ -216,7 +232,9 @@ class GoldenStick:
         }
         for name, value in wanted[self.approach].items():
             if getattr(self, name) != value:
-                raise UsageError(f"{name}: {getattr(self, name)!r} is not what {self.approach} does; set it to {value!r}, or approach to ptq")
+                raise UsageError(
+                    f"{name}: {getattr(self, name)!r} is not what {self.approach} does; set it to {value!r}, or approach to ptq"
+                )
         if self.approach == "rtn" and self.w_bit not in {8, 16}:
             raise UsageError(f"w_bit: RTN of Golden Stick rounds to 8 bits, not {self.w_bit}; set approach to ptq")
         if self.approach == "rtn" and self.w_bit == 8 and self.kv_bit == 8:

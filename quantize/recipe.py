@@ -220,12 +220,16 @@ def loads(text: str, name: str = "recipe") -> Recipe:
         raise _mistake(name, lines, first["loc"], _sentence(first)) from None
     _check_kind(recipe, name, lines)
     own: dict[str, Callable[[], object]] = {"golden_stick": recipe.golden_stick_settings}
-    checks: dict[str, Callable[[], object]] = own if recipe.golden_stick is not None else {
-        "quant": recipe.quant_config,
-        "anti_outlier": recipe.anti_outlier_config,
-        "gptq": recipe.gptq_settings,
-        "awq": recipe.awq_settings,
-    }
+    checks: dict[str, Callable[[], object]] = (
+        own
+        if recipe.golden_stick is not None
+        else {
+            "quant": recipe.quant_config,
+            "anti_outlier": recipe.anti_outlier_config,
+            "gptq": recipe.gptq_settings,
+            "awq": recipe.awq_settings,
+        }
+    )
     for section, make in checks.items():
         try:
             make()
