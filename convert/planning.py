@@ -197,7 +197,7 @@ class Planner:
                 cache = ".kv_cache_" in tensor or ".paged_attention_mgr." in tensor or tensor.endswith(("k_scale", "v_scale"))
                 self.ledger.lose("kv-cache-dropped" if cache else "attention-dropped", 1.0, tensor)
         renamed = self.dense and "mindspore" in {self.spec.name, self.checkpoint.format}  # float weights under other names
-        if not self.checkpoint.layer_names and not self.checkpoint.unsupported and not renamed:
+        if not (self.checkpoint.layer_names or self.checkpoint.unsupported or self.attention or renamed):
             hint = "there is nothing to convert: copy the folder, or quantize it first"
             self.ledger.refuse("nothing", self.checkpoint.location.folder.name, "a quantized layer", "holds quantized layers", hint)
 

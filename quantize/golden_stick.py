@@ -35,7 +35,8 @@ from torch import Tensor
 
 __all__ = [
     "RoundedWeight", "cache_tensors", "codes_of", "dequant_scale", "fake", "float_bits", "held", "merged_bias", "parameters", "quant_bias",
-    "round_smooth_quant", "round_weight", "smooth_quant_inputs", "smooth_quant_range", "smoothing_scale", "static_inputs", "stored_smoothing",
+    "round_smooth_quant", "round_weight", "smooth_quant_inputs", "smooth_quant_range", "smoothing_scale", "static_inputs",
+    "stored_smoothing",
 ]  # fmt: skip
 
 LEAST_SMOOTHING = 1e-5

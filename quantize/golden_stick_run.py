@@ -31,7 +31,6 @@ from formats.errors import DestinationError, RefusedError, UnreadableError, Usag
 from formats.mindformers_file import INT4
 from formats.mindspore import GoldenStick as Reader
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
-from formats.spec import FormatSpec, Variant
 
 from .blocks import Blocks, Sample, States, inputs_of, shell
 from .calibration import calibration_data, read_objects, repeats
@@ -92,6 +91,7 @@ def quantize_golden_stick(
     assert variant.holds is not None
     if variant.holds.dequantized:
         raise UsageError(f"--to {to}: holds no quantized weights, so there is nothing to quantize for; name another format")
+    named = named or spec.name == "mindspore"  # a model without quantized linears would be taken for a float one
     _check_out(Path(out), overwrite)
     if plot is not None:
         check_plot(plot)
@@ -191,7 +191,8 @@ class _Run:
                 made = self._layer(model, index, here, there)
             figures = [LayerFigures(name, one.policy.kind, one.weight_error) for name, one in made.linears.items()]
             self._keep(work, index, made, figures, there)
-            self._path(work, index).unlink(missing_ok=True)
+            if self.samples:
+                self._path(work, index).unlink(missing_ok=True)
             here = there
             for figure in figures:
                 done += 1
@@ -203,8 +204,8 @@ class _Run:
 
     def _states(self, work: Work, index: int, new: bool = False) -> States:
         """What layer ``index`` gets."""
-        path = self._path(work, index)
-        if index and not new and not path.is_file():
+        path = self._path(work, index) if self.samples else None
+        if path is not None and index and not new and not path.is_file():
             raise UnreadableError(f"{path}: the hidden states of an interrupted run have gone; remove its work with `weighbridge clean`")
         lengths = [int(sample[0].shape[1]) for sample in self.samples]
         return States(lengths, int(self.blocks.config.hidden_size), self.blocks.dtype, path)

@@ -109,7 +109,7 @@ def clip_limits(weight: Tensor, rows: Tensor, policy: Policy, ratios: Sequence[f
     found = []
     for part, limit in zip(groups.split(_ROWS), largest.split(_ROWS), strict=True):
         wanted = torch.einsum("tgn,ogn->otg", inputs, part.float())
-        best, least = limit.clone(), torch.full_like(limit, torch.finfo(torch.float32).max)
+        best, least = limit.clone(), torch.full_like(limit, float("inf"))
         for ratio in ratios:
             kept = limit * ratio
             cut = part.clamp(-kept.unsqueeze(-1), kept.unsqueeze(-1))

@@ -22,8 +22,8 @@ def absmax(values: Array, group_size: int) -> Array:
 
 
 def codes_of(values: Array, scales: Array, group_size: int, lost: int, ends: tuple[int, int], sums: Array) -> Array:
-    """int8 [rows, in]: float32 quotients, cut to a mantissa of ``23 - lost`` bits, to the nearest integer, half to even both times; ``ends`` are
-    the lowest and the highest code.
+    """int8 [rows, in]: float32 quotients, cut to a mantissa of ``23 - lost`` bits, to the nearest integer, half to even both times.
+    ``ends`` are the lowest and the highest code.
 
     ``sums`` [2] float64 grow by the squares of ``scales * codes - values`` and of ``values``, which are added up by group in float32.
     """

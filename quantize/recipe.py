@@ -17,8 +17,9 @@ or, of Golden Stick's algorithms::
 
     golden_stick: {approach: ptq, w_bit: 4, group_size: 64}   # golden_stick_config has the words; nothing but calibration goes with it
 
-Words and defaults are msModelSlim's, of the second kind Golden Stick's. The device is not a recipe's business. A mistake is a ``UsageError`` that names file, line and
-key. ``RECIPES`` come with the package; ``load("w8a8")`` finds one of them, ``load("mine.yaml")`` a file.
+Words and defaults are msModelSlim's, of the second kind Golden Stick's. The device is not a recipe's business. A mistake is a
+``UsageError`` that names file, line and key. ``RECIPES`` come with the package; ``load("w8a8")`` finds one of them,
+``load("mine.yaml")`` a file.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Recipe(_Section):
     calibration: Calibration = Field(default_factory=Calibration)
 
     def quant_config(self, dev_type: str = QuantConfig.dev_type, dev_id: int | None = None) -> QuantConfig:
-        """The ``QuantConfig`` for a device. Raises UsageError where its arguments contradict each other, or the recipe is Golden Stick's."""
+        """The ``QuantConfig`` for a device. Raises UsageError where arguments contradict each other, or the recipe is Golden Stick's."""
         quant: BaseModel | None = self.quant
         if quant is None:
             raise UsageError(f"recipe {self.name}: is Golden Stick's, which `weighbridge quantize` and quant_ckpt alone carry out")

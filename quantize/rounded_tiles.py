@@ -191,7 +191,7 @@ class Scales:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Per channel the model's own dtype, per group float32; of Golden Stick the model's own, or what inputs measured at run time want."""
+        """Per channel the model's own, per group float32; of Golden Stick the model's own, or what inputs measured at run time want."""
         own = np.dtype(self.weight.dtype)
         if self.rounding.golden_stick is not None:
             return np.dtype(np.float32) if self.rounding.dynamic and own.name != "bfloat16" else own
