@@ -209,8 +209,10 @@ def objection(layer: LayerTarget, variant: str) -> Objection | None:
     return None
 
 
-def lay_out_model(tensors: Iterable[tuple[str, str, tuple[int, ...]]], model: ModelFacts, variant: str) -> list[LaidOut]:
-    """rank_0/NAME.ckpt. RefusedError for what MindFormers has no name for."""
+def lay_out_model(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], model: ModelFacts, variant: str, name: str | None = None
+) -> list[LaidOut]:
+    """rank_0/NAME.ckpt; ``name``: another than ``name_of``. RefusedError for what MindFormers has no name for."""
     kind = None if model.config is None else model.config.get("model_type")
     names = names_for(kind)
     if names is None:
@@ -223,7 +225,7 @@ def lay_out_model(tensors: Iterable[tuple[str, str, tuple[int, ...]]], model: Mo
                 "convert to mindspore:hf, or to mindspore:float"
             )
     yaml_of(model, variant)  # refuses what the YAML could not say, before any work
-    return [lay_out_mindformers(tensors, f"rank_0/{name_of(model, variant)}.ckpt", names, model.fused)]
+    return [lay_out_mindformers(tensors, f"rank_0/{name or name_of(model, variant)}.ckpt", names, model.fused)]
 
 
 def name_of(model: ModelFacts, variant: str) -> str:

@@ -45,6 +45,7 @@ from .progress import LayerFigures, Report
 from .recipe import Recipe
 from .result import Quantized, check_plot, draw_plot
 from .saving import NOWHERE, config_of, to_numpy
+from .streamed import Target
 from .work import Work, digest_of, in_model_order
 
 __all__ = ["policies_of", "quantize_golden_stick", "question_texts"]
@@ -66,12 +67,13 @@ def quantize_golden_stick(
     model: str | os.PathLike[str] | Location,
     out: str | os.PathLike[str],
     recipe: Recipe,
-    to: str,
+    to: str | Target,
     device: str = QuantConfig.dev_type,
     calib: str | os.PathLike[str] | list[Any] | None = None,
     samples: int | None = None,
     *,
     tokenizer: Any = None,
+    qkv_concat: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     plot: str | os.PathLike[str] | None = None,
@@ -83,14 +85,17 @@ def quantize_golden_stick(
     """Quantize the float ``model``, a folder or a location with a ``config.json``; arguments and errors are ``quantize_model``'s.
 
     tokenizer   of texts; None: the folder's own
+    to          a format's name, or what ``find_target`` gives; qkv_concat: as ``convert`` has it
     """
     settings = recipe.golden_stick_settings()
     if settings is None:
         raise UsageError(f"recipe {recipe.name}: is none of Golden Stick's")
-    spec, variant, named = find_target(to)
+    spec, variant, named = find_target(to) if isinstance(to, str) else to
     assert variant.holds is not None
     if variant.holds.dequantized:
-        raise UsageError(f"--to {to}: holds no quantized weights, so there is nothing to quantize for; name another format")
+        raise UsageError(
+            f"--to {spec.name}:{variant.name}: holds no quantized weights, so there is nothing to quantize for; name another format"
+        )
     named = named or spec.name == "mindspore"  # a model without quantized linears would be taken for a float one
     _check_out(Path(out), overwrite)
     if plot is not None:
@@ -106,6 +111,7 @@ def quantize_golden_stick(
         scale_dtype="keep" if spec.name in {"msmodelslim", "mindspore"} else None,
         jobs=jobs,
         max_memory=max_memory,
+        qkv_concat=qkv_concat,
     )
     spelled = "gs0.6" if variant.name == "gs0.6" else "gs1.2"
     Planner(_trial(blocks, policies, settings, spelled), spec, variant, named, wanted, base).plan(probe=False).raise_if_refused()

@@ -42,7 +42,7 @@ from .config import MIX_TYPES, AntiOutlierConfig, QuantConfig
 from .golden_stick_config import GoldenStick
 from .methods import Awq, Gptq
 
-__all__ = ["RECIPES", "Calibration", "Recipe", "load", "loads"]
+__all__ = ["RECIPES", "Calibration", "Recipe", "load", "loads", "recipe_of"]
 
 RECIPES = (
     "w8a8", "w8a8-dynamic", "w8a8-kv8", "w8a8-sparse", "w8a16", "w4a16-rtn", "w4a16-gptq", "w4a16-awq",
@@ -207,6 +207,18 @@ def load(name: str | os.PathLike[str]) -> Recipe:
         return loads(content.decode("utf-8"), path.name)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path.name}: is not UTF-8 text (byte {error.start})") from None
+
+
+def recipe_of(name: str, settings: Mapping[str, Any], version: str) -> Recipe:
+    """The recipe of Golden Stick's that its script of ``version`` ("gs0.6", "gs1.2") carries out. Raises UsageError, "name: key: why"."""
+    count = 200 if version == "gs0.6" else 100
+    try:
+        made = GoldenStickSection(**settings)
+        recipe = Recipe(name=name, golden_stick=made, calibration=Calibration(samples=count, template=f"boolq-{version}"))
+        recipe.golden_stick_settings()
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+    return recipe
 
 
 def loads(text: str, name: str = "recipe") -> Recipe:

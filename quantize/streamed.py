@@ -30,6 +30,7 @@ from formats.checkpoint import Checkpoint, Location, float_linears, float_matric
 from formats.errors import UnreadableError, UsageError
 from formats.ir import QuantArgs, QuantizedLinear, QuantScheme, read
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
+from formats.spec import FormatSpec, Variant
 
 from .golden_stick_config import names_of_linear
 from .progress import LayerFigures, Report
@@ -47,6 +48,8 @@ _SHARE = 4
 """Scales may take one part in so many of the memory that is left."""
 
 
+Target = tuple[FormatSpec, Variant, bool]
+"""What ``find_target`` gives."""
 Rule = Callable[[str], "Rounding | None"]
 """How the linear of that name is rounded; None: it stays in float."""
 
@@ -177,7 +180,7 @@ def quantize_streamed(
     model: str | os.PathLike[str] | Location,
     out: str | os.PathLike[str],
     recipe: Recipe,
-    to: str,
+    to: str | Target,
     *,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -187,11 +190,13 @@ def quantize_streamed(
     max_memory: int = DEFAULT_MEMORY,
     progress: Report | None = None,
     calib: str | os.PathLike[str] | None = None,
+    qkv_concat: bool = False,
 ) -> Quantized:
     """Quantize the float model in folder ``model`` by a recipe that ``is_streamed`` takes; see ``round_folder``.
 
     plot    a PNG or SVG file for the error of each layer's weight; resume: an interrupted run must have left its work
     calib   calibration data, which are not read: a note says so
+    to      a format's name, or what ``find_target`` gives; qkv_concat: as ``convert`` has it
     """
     if not is_streamed(recipe):
         raise UsageError(f"recipe {recipe.name}: needs the model itself, so it cannot be streamed")
@@ -203,7 +208,7 @@ def quantize_streamed(
     names = () if recipe.golden_stick is not None else tuple(recipe.quant_config().disable_names or ())
     written = round_folder(
         model, out, _rule(recipe, model), to, disable_names=names, patterns=tuple(recipe.mix_cfg), max_shard_size=max_shard_size,
-        overwrite=overwrite, jobs=jobs, max_memory=max_memory, progress=progress, recipe=recipe,
+        overwrite=overwrite, jobs=jobs, max_memory=max_memory, progress=progress, recipe=recipe, qkv_concat=qkv_concat,
     )  # fmt: skip
     done = time.monotonic()
     checkpoint = written.plan.checkpoint
@@ -220,7 +225,7 @@ def round_folder(
     model: str | os.PathLike[str] | Location,
     out: str | os.PathLike[str],
     rounding: Rounding | Rule,
-    to: str,
+    to: str | Target,
     *,
     disable_names: tuple[str, ...] = (),
     patterns: tuple[str, ...] = (),
@@ -231,6 +236,7 @@ def round_folder(
     max_memory: int = DEFAULT_MEMORY,
     progress: Report | None = None,
     recipe: Recipe | None = None,
+    qkv_concat: bool = False,
 ) -> Result:
     """Round the linears of a float folder and write it as format ``to``, into folder ``out``.
 
@@ -241,10 +247,11 @@ def round_folder(
 
     raises  UsageError, UnreadableError, RefusedError, DestinationError, NotSameError; nothing visible is left at ``out``
     """
-    spec, variant, named = find_target(to)
+    spec, variant, named = find_target(to) if isinstance(to, str) else to
     checkpoint = Rounded(open_checkpoint(model if isinstance(model, Location) else Path(model)), rounding, disable_names, patterns)
     keeps = spec.name == "msmodelslim" or (spec.name == "mindspore" and not isinstance(rounding, Rounding))
-    settings = Settings(jobs=jobs, max_shard_size=max_shard_size, scale_dtype="keep" if keeps else None, max_memory=max_memory)
+    scale_dtype = "keep" if keeps else None
+    settings = Settings(jobs=jobs, max_shard_size=max_shard_size, scale_dtype=scale_dtype, max_memory=max_memory, qkv_concat=qkv_concat)
     checkpoint.keep_scales(max(0, max_memory - LIBRARIES) // _SHARE, entries_in_flight(settings.workers))
     # A probe would read every weight, to find what is so by construction: symmetric, finite, in range.
     plan = Planner(checkpoint, spec, variant, named, settings).plan(probe=False)
