@@ -19,7 +19,7 @@ from .golden_stick import RoundedWeight, parameters
 from .golden_stick_config import Policy
 from .stage import MORE_SAMPLES, UNREACHED
 
-__all__ = ["MeanHessian", "round_gptq"]
+__all__ = ["MeanHessian", "compensated", "inverse_factor", "round_gptq"]
 
 
 class MeanHessian:
@@ -33,8 +33,8 @@ class MeanHessian:
         """Take one sample's inputs [..., in]."""
         self.sum = self.sum.to(values.device).mul_(self.samples / (self.samples + 1))
         self.samples += 1
-        rows = values.detach().reshape(-1, values.shape[-1]) * math.sqrt(2 / self.samples)
-        rows = rows.float()
+        root = torch.tensor(math.sqrt(2 / self.samples), dtype=values.dtype, device=values.device)
+        rows = (values.detach().reshape(-1, values.shape[-1]) * root).float()
         self.sum.addmm_(rows.T, rows)
 
 
@@ -59,7 +59,11 @@ def round_gptq(name: str, weight: Tensor, hessian: MeanHessian, policy: Policy) 
         raise UnreadableError(f"{name}: {UNREACHED}, and GPTQ needs its inputs; {MORE_SAMPLES}")
     dead = hessian.sum.diagonal() == 0
     hessian.sum.diagonal()[dead] = 1
-    upper = inverse_factor(name, hessian.sum, policy.argument("damp_percent"))
+    return compensated(weight, dead, inverse_factor(name, hessian.sum, policy.argument("damp_percent")), policy)
+
+
+def compensated(weight: Tensor, dead: Tensor, upper: Tensor, policy: Policy) -> RoundedWeight:
+    """The loop itself. dead: [in], inputs that were 0 in every token; upper: what ``inverse_factor`` gives."""
     rest = weight.clone()
     # Scales of whole rows are of the weight as it was, dead inputs too.
     scale, zero = parameters(rest.amin(1, keepdim=True), rest.amax(1, keepdim=True), policy.w_bit, policy.w_sym)
