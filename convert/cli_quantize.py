@@ -56,9 +56,7 @@ def quantize(
 
         found = load(recipe)
         streamed = device == "cpu" and is_streamed(found) and (calib is None or found.golden_stick is not None)
-        if not streamed and found.golden_stick is not None:
-            from quantize.golden_stick_run import quantize_golden_stick
-        elif not streamed:
+        if not streamed:
             from quantize.run import quantize_model
 
     options: dict[str, Any] = {
@@ -72,8 +70,6 @@ def quantize(
     with shown(quiet=json) as progress:
         if streamed:
             result = quantize_streamed(model, out, found, to, progress=progress, calib=calib, **options)
-        elif found.golden_stick is not None:
-            result = quantize_golden_stick(model, out, found, to, device, calib, samples, progress=progress, **options)
         else:
             result = quantize_model(model, out, found, to, device, calib, samples, progress=progress, **options)
     if json:

@@ -2,13 +2,15 @@
 
 Defined by MindSpore Golden Stick 0.6.0 (``gs0.6``) and 1.2.0 (``gs1.2``), whose files the tests hold these functions against bit for bit.
 
-Of values between ``low`` and ``high``, in b bits (codes -2^(b-1) to 2^(b-1) - 1), in float64 (PTQ) or float32 (RTN and SmoothQuant):
+Of values between ``low`` and ``high``, in b bits (codes -2^(b-1) to 2^(b-1) - 1), in float64, but SmoothQuant in float32:
 
 symmetric    scale = 2 * max(|low|, |high|) / (2^b - 1): absmax / 127.5, not / 127, so the largest magnitude is cut; zero = 0
 asymmetric   scale = (high - low) / (2^b - 1), zero = round(-2^(b-1) - low / scale); the range need not hold 0
 
 codes = clip(round(w / scale + zero)), half to even, where scale and zero were cast to the weight's dtype first and every step is in
 that dtype. The law is ``w ~ (code - zero) * scale``. Beyond that:
+
+A float64 becomes a half precision number by way of float32 (as it does in PyTorch), so a symmetric scale is the same in either.
 
 1. Scales are stored in the weight's dtype; those of layers whose inputs are measured at run time in float32 (bfloat16 in networks of
    that), of the float64 scale; those of layers with static inputs not at all, but the product, in float32, with the inputs' scale.
@@ -68,12 +70,10 @@ def parameters(low: Tensor, high: Tensor, bits: int, symmetric: bool, within: to
     return scale, torch.where(none, torch.zeros_like(zero), zero)
 
 
-def round_weight(
-    weight: Tensor, bits: int, symmetric: bool = True, group_size: int = -1, within: torch.dtype = torch.float64
-) -> RoundedWeight:
+def round_weight(weight: Tensor, bits: int, symmetric: bool = True, group_size: int = -1) -> RoundedWeight:
     """``weight`` [out, in], one scale for each row, or for each ``group_size`` inputs of it. Finite."""
     groups = weight.reshape(weight.shape[0], -1, weight.shape[1] if group_size == -1 else group_size)
-    scale, zero = parameters(groups.amin(-1), groups.amax(-1), bits, symmetric, within)
+    scale, zero = parameters(groups.amin(-1), groups.amax(-1), bits, symmetric)
     return RoundedWeight(codes_of(groups, scale, zero, bits).reshape(weight.shape), scale, zero)
 
 

@@ -8,6 +8,7 @@ count from the working directory, as in MindFormers, or else from the YAML's fol
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,6 +89,10 @@ def open_model(path: str | os.PathLike[str]) -> MindFormersModel:
     trainer, processor = content.get("trainer") or {}, content.get("processor") or {}
     tokenizer = (processor.get("tokenizer") or {}) if isinstance(processor, Mapping) else {}
     name = trainer.get("model_name") if isinstance(trainer, Mapping) else None
+    if name and not re.fullmatch(r"\w[\w.+-]*", str(name)):
+        raise UnreadableError(
+            f"{where.name}: trainer.model_name is {name!r:.80}, and a name for a folder was wanted: letters, digits, _ . + -"
+        )
     return MindFormersModel(
         where,
         location,

@@ -18,7 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -41,13 +41,13 @@ _PIECE = 1 << 20
 class Rounding:
     """How linears are rounded: bits, inputs of a group (-1: per channel), and whether inputs are quantized at run time.
 
-    golden_stick   "rtn" or "ptq": as Golden Stick rounds, whose RTN finds scales in float32, its PTQ in float64; else as msModelSlim does
+    golden_stick   as Golden Stick rounds, not as msModelSlim does
     """
 
     bits: int
     group_size: int = -1
     dynamic: bool = False
-    golden_stick: Literal["rtn", "ptq"] | None = None
+    golden_stick: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in {4, 8} or (self.group_size != -1 and self.group_size not in {32, 64, 128, 256}):
@@ -60,7 +60,7 @@ class Rounding:
     @property
     def low(self) -> int:
         """The lowest code."""
-        return -self.top if self.golden_stick is None else -self.top - 1
+        return -self.top - 1 if self.golden_stick else -self.top
 
     @property
     def kind(self) -> str:
@@ -193,20 +193,20 @@ class Scales:
     def dtype(self) -> np.dtype[Any]:
         """Per channel the model's own, per group float32; of Golden Stick the model's own, or what inputs measured at run time want."""
         own = np.dtype(self.weight.dtype)
-        if self.rounding.golden_stick is not None:
+        if self.rounding.golden_stick:
             return np.dtype(np.float32) if self.rounding.dynamic and own.name != "bfloat16" else own
         return own if self.rounding.group_size == -1 else np.dtype(np.float32)
 
     @property
     def lost(self) -> int:
         """Bits that the mantissa of a quotient loses."""
-        own = self.rounding.group_size == -1 or self.rounding.golden_stick is not None
+        own = self.rounding.group_size == -1 or self.rounding.golden_stick
         return LOST[np.dtype(self.weight.dtype).name] if own else 0
 
     def divisors(self, rows: slice, groups: slice) -> Array:
         """What weights are divided by, float32 [rows, groups]."""
         scales = self.read(rows, groups)
-        if self.rounding.golden_stick is not None:
+        if self.rounding.golden_stick:
             scales = _held(scales, np.dtype(self.weight.dtype))
         return to_float32(scales)
 
@@ -228,7 +228,7 @@ class Scales:
         found = absmax(np.ascontiguousarray(to_float32(read(self.weight, rows))), self.group_size)
         if not np.isfinite(found).all():
             raise UnreadableError(f"{self.name}: its weight has NaN or infinite values")
-        if self.rounding.golden_stick is not None:
+        if self.rounding.golden_stick:
             return self._golden_stick_scales(found)
         scales = found / np.float32(self.rounding.top)
         if self.rounding.group_size == -1:
@@ -237,13 +237,12 @@ class Scales:
 
     def _golden_stick_scales(self, largest: Array) -> Array:
         """Of the largest magnitudes, float32 [rows, groups]."""
-        within = np.float32 if self.rounding.golden_stick == "rtn" else np.float64
-        scales = largest.astype(within) * 2 / within((1 << self.rounding.bits) - 1)
-        return _held(np.where(largest == 0, within(1), scales), self.dtype)
+        scales = largest * 2 / np.float32((1 << self.rounding.bits) - 1)
+        return _held(np.where(largest == 0, np.float32(1), scales), self.dtype)
 
 
 def _held(scales: Array, dtype: np.dtype[Any]) -> Array:
-    """Positive scales as ``dtype`` holds them, never 0."""
+    """Positive float32 scales as ``dtype`` holds them, never 0."""
     return np.maximum(scales.astype(dtype), ml_dtypes.finfo(dtype).smallest_subnormal)
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from convert.engine import Progress, Result, entries_in_flight, run
 from convert.memory import DEFAULT_MEMORY, LIBRARIES
@@ -166,12 +166,11 @@ def _rule(recipe: Recipe, model: str | os.PathLike[str] | Location) -> Rounding 
         rounding = rounding_of(recipe)
         assert rounding is not None
         return rounding
-    approach: Literal["rtn", "ptq"] = "rtn" if settings.approach == "rtn" else "ptq"
     config = open_checkpoint(model if isinstance(model, Location) else Path(model)).config or {}
 
     def rule(name: str) -> Rounding | None:
         policy = settings.policy_of(names_of_linear(name, config.get("model_type")))
-        return None if policy is None else Rounding(policy.w_bit, policy.group_size, policy.is_dynamic, approach)
+        return None if policy is None else Rounding(policy.w_bit, policy.group_size, policy.is_dynamic, golden_stick=True)
 
     return rule
 

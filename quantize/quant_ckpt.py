@@ -14,18 +14,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import typer
 
+from convert.cli_quantize import core
+from convert.printing import print_quantized
+from convert.terminal import Failing
 from formats import find_target
 from formats.errors import RefusedError, UsageError
 from formats.mindspore_target import lay_out_model, yaml_of
-
-from .cli_quantize import core
-from .printing import print_quantized
-from .terminal import Failing
 
 APPROACHES = ("rtn-a16w8", "rtn-c8", "smooth_quant", "ptq")
 DTYPES = {"int8": 8, "int4": 4, "none": 16}
@@ -160,10 +158,10 @@ def _run(
     overwrite: bool,
 ) -> None:
     with core():
-        from quantize.mindformers_model import open_model
-        from quantize.progress import blocks, shown
-        from quantize.recipe import recipe_of
-        from quantize.streamed import is_streamed, quantize_streamed
+        from .mindformers_model import open_model
+        from .progress import blocks, shown
+        from .recipe import recipe_of
+        from .streamed import is_streamed, quantize_streamed
 
     recipe = recipe_of(f"quant_ckpt -q {approach}", settings, version)
     if recipe.needs_data:
@@ -181,7 +179,8 @@ def _run(
         if is_streamed(recipe):
             result = quantize_streamed(model.location, out, recipe, target, calib=dataset_path, **common)
         else:
-            from quantize.golden_stick_run import quantize_golden_stick
+            with core():
+                from .golden_stick_run import quantize_golden_stick
 
             tokenizer = model.tokenizer() if dataset_path is not None else None
             result = quantize_golden_stick(
@@ -220,4 +219,4 @@ def split_lists(arguments: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Entry point of ``quant_ckpt``."""
-    app(split_lists(sys.argv[1:]), prog_name=Path(sys.argv[0]).name)
+    app(split_lists(sys.argv[1:]), prog_name="quant_ckpt")
