@@ -34,7 +34,7 @@ def quantize(
         ...,
         "--recipe",
         metavar="NAME|FILE.yaml",
-        help="w8a8, w8a8-dynamic, w8a8-kv8, w8a8-sparse, w8a16, w4a16-rtn, -gptq, -awq, or a file.",
+        help="w8a8, w8a8-dynamic, w8a8-kv8, w8a8-sparse, w8a16, w4a16-rtn, -gptq, -awq, gs-rtn-a16w8, gs-smooth-a8w8, gs-ptq, or a file.",
     ),
     to: str = TO,
     device: str = DEVICE,
@@ -52,10 +52,10 @@ def quantize(
     with core():
         from quantize.progress import blocks, shown
         from quantize.recipe import load
-        from quantize.streamed import quantize_streamed, rounding_of
+        from quantize.streamed import is_streamed, quantize_streamed
 
         found = load(recipe)
-        streamed = calib is None and device == "cpu" and rounding_of(found) is not None
+        streamed = device == "cpu" and is_streamed(found) and (calib is None or found.golden_stick is not None)
         if not streamed:
             from quantize.run import quantize_model
 
@@ -69,7 +69,7 @@ def quantize(
     }
     with shown(quiet=json) as progress:
         if streamed:
-            result = quantize_streamed(model, out, found, to, progress=progress, **options)
+            result = quantize_streamed(model, out, found, to, progress=progress, calib=calib, **options)
         else:
             result = quantize_model(model, out, found, to, device, calib, samples, progress=progress, **options)
     if json:

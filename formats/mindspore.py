@@ -139,10 +139,10 @@ def find_strategy(location: Location, ranks: int) -> Path:
 
 
 class GoldenStick(Checkpoint):
-    """Reader of ``.ckpt`` files, quantized or float. The variant is what its tensors' names say."""
+    """Reader of ``.ckpt`` files, quantized or float, or of ``tensors`` so named. The variant is what the names say."""
 
-    def __init__(self, location: Location, variant: str) -> None:
-        super().__init__(location, "mindspore", "float", open_tensors(location))
+    def __init__(self, location: Location, variant: str, tensors: TensorSet | None = None) -> None:
+        super().__init__(location, "mindspore", "float", open_tensors(location) if tensors is None else tensors)
         self._int4 = {name for file in self.tensors.files for name, type_ in file.metadata.items() if type_ == INT4}
         self._spellings: dict[str, Spelling] = {}
         modules = {name[: -len(key)] for name in self.tensors for key in _KEYS if name.endswith(key)}

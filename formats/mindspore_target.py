@@ -209,8 +209,10 @@ def objection(layer: LayerTarget, variant: str) -> Objection | None:
     return None
 
 
-def lay_out_model(tensors: Iterable[tuple[str, str, tuple[int, ...]]], model: ModelFacts, variant: str) -> list[LaidOut]:
-    """rank_0/NAME.ckpt, or that of every rank. RefusedError for what MindFormers has no name for."""
+def lay_out_model(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], model: ModelFacts, variant: str, name: str | None = None
+) -> list[LaidOut]:
+    """rank_0/NAME.ckpt, or that of every rank; ``name``: another than ``name_of``. RefusedError for what MindFormers has no name for."""
     kind = None if model.config is None else model.config.get("model_type")
     names = names_for(kind)
     if names is None:
@@ -229,7 +231,7 @@ def lay_out_model(tensors: Iterable[tuple[str, str, tuple[int, ...]]], model: Mo
             f"config.json: {heads} heads of keys do not divide over {model.ranks} ranks, which MindFormers refuses; "
             "give --tp a number that divides them"
         )
-    return [lay_out_mindformers(tensors, f"{name_of(model, variant)}.ckpt", names, model.fused, ranks=model.ranks)]
+    return [lay_out_mindformers(tensors, f"{name or name_of(model, variant)}.ckpt", names, model.fused, ranks=model.ranks)]
 
 
 def name_of(model: ModelFacts, variant: str) -> str:

@@ -163,25 +163,26 @@ def _model_config(model: ModelFacts, variant: str) -> dict[str, Any]:
         "top_p": 1,
         "do_sample": False,
     }
-    if model.layers and variant != "float":
+    if (model.layers or model.attention) and variant != "float":
         found["quantization_config"] = quantization(model, variant)
     return found
 
 
 def quantization(model: ModelFacts, variant: str) -> dict[str, Any]:
     """``quantization_config`` of a quantized model: 1.3.2's keys, and beyond them what only later versions have words for."""
-    layer = model.layers[0]
-    weights, kind, smoothed = layer.scheme.weights, layer.inputs, layer.smooth_dtype is not None
+    layer = model.layers[0] if model.layers else None  # a KV cache may be all that is quantized
+    weights = None if layer is None else layer.scheme.weights
+    kind, smoothed = (None, False) if layer is None else (layer.inputs, layer.smooth_dtype is not None)
     found: dict[str, Any] = {
         "quant_method": "rtn" if variant == "gs0.6" and kind is None else "ptq",
-        "weight_dtype": f"int{weights.bits}",
+        "weight_dtype": "None" if weights is None else f"int{weights.bits}",
         "activation_dtype": "None" if kind is None else "int8",
         "kvcache_dtype": "int8" if model.attention else "None",
         "outliers_suppression": "None" if not smoothed else "awq" if kind is None else "smooth",
         "modules_to_not_convert": ["lm_head", *_float_cells(model)],
         "algorithm_args": {},
     }
-    if weights.strategy == "group":
+    if weights is not None and weights.strategy == "group":
         found |= {"weight_quant_granularity": "per_group", "group_size": weights.group_size}
     if kind == "dynamic":
         found["act_quant_granularity"] = "per_token"

@@ -335,7 +335,10 @@ def shell(checkpoint: Checkpoint) -> Shell:
         raise UnreadableError(f"{location.folder}: has no config.json, so it is no model's folder; name the float model's (base model)")
     library: Any = transformers
     try:
-        config = library.AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
+        if (document := location.documents.get("config.json")) is not None:
+            config = library.AutoConfig.for_model(**document)
+        else:
+            config = library.AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):

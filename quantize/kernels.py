@@ -21,13 +21,14 @@ def absmax(values: Array, group_size: int) -> Array:
     return found
 
 
-def codes_of(values: Array, scales: Array, group_size: int, lost: int, top: int, sums: Array) -> Array:
+def codes_of(values: Array, scales: Array, group_size: int, lost: int, ends: tuple[int, int], sums: Array) -> Array:
     """int8 [rows, in]: float32 quotients, cut to a mantissa of ``23 - lost`` bits, to the nearest integer, half to even both times.
+    ``ends`` are the lowest and the highest code.
 
     ``sums`` [2] float64 grow by the squares of ``scales * codes - values`` and of ``values``, which are added up by group in float32.
     """
     found: Array = np.empty(values.shape, np.int8)
-    _codes(values, scales, group_size, np.uint32(lost), np.float32(-top), np.float32(top), found, sums)
+    _codes(values, scales, group_size, np.uint32(lost), np.float32(ends[0]), np.float32(ends[1]), found, sums)
     return found
 
 

@@ -13,8 +13,13 @@
     mix_cfg: {"*.mlp.down_proj": float}                  # Calibrator's
     calibration: {samples: 50, length: 2048, template: boolq}
 
-Words and defaults are msModelSlim's. The device is not a recipe's business. A mistake is a ``UsageError`` that names file, line and
-key. ``RECIPES`` come with the package; ``load("w8a8")`` finds one of them, ``load("mine.yaml")`` a file.
+or, of Golden Stick's algorithms::
+
+    golden_stick: {approach: ptq, w_bit: 4, group_size: 64}   # golden_stick_config has the words; nothing but calibration goes with it
+
+Words and defaults are msModelSlim's, of the second kind Golden Stick's. The device is not a recipe's business. A mistake is a
+``UsageError`` that names file, line and key. ``RECIPES`` come with the package; ``load("w8a8")`` finds one of them,
+``load("mine.yaml")`` a file.
 """
 
 from __future__ import annotations
@@ -34,11 +39,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from formats.errors import UnreadableError, UsageError
 
 from .config import MIX_TYPES, AntiOutlierConfig, QuantConfig
+from .golden_stick_config import GoldenStick
 from .methods import Awq, Gptq
 
-__all__ = ["RECIPES", "Calibration", "Recipe", "load", "loads"]
+__all__ = ["RECIPES", "Calibration", "Recipe", "load", "loads", "recipe_of"]
 
-RECIPES = ("w8a8", "w8a8-dynamic", "w8a8-kv8", "w8a8-sparse", "w8a16", "w4a16-rtn", "w4a16-gptq", "w4a16-awq")
+RECIPES = (
+    "w8a8", "w8a8-dynamic", "w8a8-kv8", "w8a8-sparse", "w8a16", "w4a16-rtn", "w4a16-gptq", "w4a16-awq",
+    "gs-rtn-a16w8", "gs-smooth-a8w8", "gs-ptq", "gs-ptq-a8dynw8", "gs-ptq-a16w4", "gs-awq-a16w4", "gs-gptq-a16w4",
+)  # fmt: skip
 """Names of the recipes that come with the package."""
 LARGEST = 1 << 20
 """Bytes of a recipe file: more is no recipe."""
@@ -56,9 +65,12 @@ def _section(name: str, config: type[Any]) -> type[_Section]:
     """A section whose keys are the arguments of the dataclass ``config``, but for those of ``_ELSEWHERE``."""
     hints = get_type_hints(config)
     left = _ELSEWHERE.get(config, ())
-    fields: dict[str, Any] = {
-        field.name: (hints[field.name], field.default) for field in dataclasses.fields(config) if field.init and field.name not in left
-    }
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if field.init and field.name not in left:
+            made = field.default_factory
+            default = field.default if made is dataclasses.MISSING else Field(default_factory=made)
+            fields[field.name] = hints[field.name], default
     return create_model(name, __base__=_Section, **fields)
 
 
@@ -66,6 +78,7 @@ QuantSection = _section("QuantSection", QuantConfig)
 AntiOutlierSection = _section("AntiOutlierSection", AntiOutlierConfig)
 GptqSection = _section("GptqSection", Gptq)
 AwqSection = _section("AwqSection", Awq)
+GoldenStickSection = _section("GoldenStickSection", GoldenStick)
 
 
 class KvQuant(_Section):
@@ -83,7 +96,8 @@ class FaQuant(_Section):
 class Calibration(_Section):
     """What is taken of the calibration data: at most ``samples`` of them, each at most ``length`` tokens long.
 
-    template   "boolq", "text" (the line as it is), or a text with keys of the data's objects in braces
+    template   "boolq", "text" (the line as it is), or a text with keys of the data's objects in braces; of Golden Stick's recipes also
+               "boolq-gs0.6" and "boolq-gs1.2", the questions with their answers, as those versions put them
     """
 
     samples: int = Field(default=50, ge=1)
@@ -97,7 +111,8 @@ class Recipe(_Section):
     name: str = Field(default="recipe", exclude=True)
     about: str = ""
     anti_outlier: AntiOutlierSection | None = None  # type: ignore[valid-type]
-    quant: QuantSection  # type: ignore[valid-type]
+    quant: QuantSection | None = None  # type: ignore[valid-type]
+    golden_stick: GoldenStickSection | None = None  # type: ignore[valid-type]
     gptq: GptqSection | None = None  # type: ignore[valid-type]
     awq: AwqSection | None = None  # type: ignore[valid-type]
     kv_quant: KvQuant | None = None
@@ -107,8 +122,10 @@ class Recipe(_Section):
     calibration: Calibration = Field(default_factory=Calibration)
 
     def quant_config(self, dev_type: str = QuantConfig.dev_type, dev_id: int | None = None) -> QuantConfig:
-        """The ``QuantConfig`` for a device. Raises UsageError where its arguments contradict each other."""
-        quant: BaseModel = self.quant
+        """The ``QuantConfig`` for a device. Raises UsageError where arguments contradict each other, or the recipe is Golden Stick's."""
+        quant: BaseModel | None = self.quant
+        if quant is None:
+            raise UsageError(f"recipe {self.name}: is Golden Stick's, which `weighbridge quantize` and quant_ckpt alone carry out")
         config = QuantConfig(**quant.model_dump(), dev_type=dev_type, dev_id=dev_id)
         if self.kv_quant is not None:
             config = config.kv_quant(kv_sym=self.kv_quant.kv_sym)
@@ -118,6 +135,10 @@ class Recipe(_Section):
         """The ``AntiOutlierConfig`` for a device, or None. Raises UsageError where its arguments contradict each other."""
         section: BaseModel | None = self.anti_outlier
         return None if section is None else AntiOutlierConfig(**section.model_dump(), dev_type=dev_type, dev_id=dev_id)
+
+    def golden_stick_settings(self) -> GoldenStick | None:
+        """Golden Stick's settings, or None. Raises UsageError where they contradict each other."""
+        return None if self.golden_stick is None else GoldenStick(**self._settings(self.golden_stick))
 
     def gptq_settings(self) -> Gptq | None:
         """GPTQ's settings, or None. Raises UsageError where they contradict each other, or the method is another one."""
@@ -144,6 +165,8 @@ class Recipe(_Section):
     @property
     def needs_data(self) -> bool:
         """Whether it cannot do without calibration data."""
+        if (golden_stick := self.golden_stick_settings()) is not None:
+            return golden_stick.needs_data
         config = self.quant_config()
         return (
             config.model_quant_type not in _DATA_FREE
@@ -186,6 +209,18 @@ def load(name: str | os.PathLike[str]) -> Recipe:
         raise UsageError(f"{path.name}: is not UTF-8 text (byte {error.start})") from None
 
 
+def recipe_of(name: str, settings: Mapping[str, Any], version: str) -> Recipe:
+    """The recipe of Golden Stick's that its script of ``version`` ("gs0.6", "gs1.2") carries out. Raises UsageError, "name: key: why"."""
+    count = 200 if version == "gs0.6" else 100
+    try:
+        made = GoldenStickSection(**settings)
+        recipe = Recipe(name=name, golden_stick=made, calibration=Calibration(samples=count, template=f"boolq-{version}"))
+        recipe.golden_stick_settings()
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+    return recipe
+
+
 def loads(text: str, name: str = "recipe") -> Recipe:
     """The recipe that the YAML ``text`` holds; ``name`` is for its messages. Raises UsageError as ``load`` does."""
     content, lines = _parse(text, name)
@@ -196,12 +231,18 @@ def loads(text: str, name: str = "recipe") -> Recipe:
     except ValidationError as error:
         first = min(error.errors(), key=lambda one: lines.get(_known(lines, one["loc"]), 0))
         raise _mistake(name, lines, first["loc"], _sentence(first)) from None
-    checks: dict[str, Callable[[], object]] = {
-        "quant": recipe.quant_config,
-        "anti_outlier": recipe.anti_outlier_config,
-        "gptq": recipe.gptq_settings,
-        "awq": recipe.awq_settings,
-    }
+    _check_kind(recipe, name, lines)
+    own: dict[str, Callable[[], object]] = {"golden_stick": recipe.golden_stick_settings}
+    checks: dict[str, Callable[[], object]] = (
+        own
+        if recipe.golden_stick is not None
+        else {
+            "quant": recipe.quant_config,
+            "anti_outlier": recipe.anti_outlier_config,
+            "gptq": recipe.gptq_settings,
+            "awq": recipe.awq_settings,
+        }
+    )
     for section, make in checks.items():
         try:
             make()
@@ -213,6 +254,16 @@ def loads(text: str, name: str = "recipe") -> Recipe:
 
 
 Place = tuple[str | int, ...]
+
+
+def _check_kind(recipe: Recipe, name: str, lines: Mapping[Place, int]) -> None:
+    """A recipe is of msModelSlim's kind or of Golden Stick's."""
+    if recipe.golden_stick is None:
+        if recipe.quant is None:
+            raise _mistake(name, lines, ("quant",), "is missing")
+        return
+    for key in recipe.model_fields_set - {"name", "about", "golden_stick", "calibration"}:
+        raise _mistake(name, lines, (key,), "does not go with golden_stick, which has words of its own; leave it out")
 
 
 def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Place, int]]:
@@ -294,6 +345,7 @@ def _keys() -> dict[Place, tuple[str, ...]]:
     """The keys of every section."""
     sections: dict[str, type[BaseModel]] = {
         "quant": QuantSection,
+        "golden_stick": GoldenStickSection,
         "anti_outlier": AntiOutlierSection,
         "gptq": GptqSection,
         "awq": AwqSection,

@@ -4,6 +4,9 @@ What ``quantize.rounding`` does to symmetric MinMax weights in torch is done her
 times (to be written, and for every tile of codes), and each time anew would read the weights again: ``ScaleBands`` keeps the latest, in
 memory that the plan counts.
 
+Golden Stick rounds another way (``golden_stick``): its scale is 2 absmax / (2^b - 1), its codes are all 2^b, and every quotient is of the
+weight's dtype, by the scale as that dtype holds it.
+
 The error of a layer is ``||scale * code - weight|| / ||weight||``, of the float32 weights that the law gives. Its sums are taken in the
 pass that makes the codes, so each code must be made once: the conversion engine reads a layer in rectangles that do not overlap.
 """
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from convert.probe import to_float32
@@ -36,11 +40,15 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """How linears are rounded: bits, inputs of a group (-1: per channel), and whether inputs are quantized at run time."""
+    """How linears are rounded: bits, inputs of a group (-1: per channel), and whether inputs are quantized at run time.
+
+    golden_stick   as Golden Stick rounds, not as msModelSlim does
+    """
 
     bits: int
     group_size: int = -1
     dynamic: bool = False
+    golden_stick: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in {4, 8} or (self.group_size != -1 and self.group_size not in {32, 64, 128, 256}):
@@ -49,6 +57,11 @@ class Rounding:
     @property
     def top(self) -> int:
         return (1 << self.bits - 1) - 1
+
+    @property
+    def low(self) -> int:
+        """The lowest code."""
+        return -self.top - 1 if self.golden_stick else -self.top
 
     @property
     def kind(self) -> str:
@@ -66,16 +79,19 @@ def absmax(values: Array, group_size: int) -> Array:
     return np.asarray(np.abs(values.reshape(rows, -1, group_size)).max(axis=2))
 
 
-def codes_of(values: Array, scales: Array, group_size: int, lost: int, top: int, sums: Array | None = None) -> Array:
+def codes_of(
+    values: Array, scales: Array, group_size: int, lost: int, top: int, sums: Array | None = None, low: int | None = None
+) -> Array:
     """int8 codes [rows, in] of float32 ``values``: quotients by float32 ``scales`` [rows, groups], rounded to a dtype that loses so many
     bits of the mantissa, then to the nearest integer, half to even.
 
     sums   [2] float64, to which the squares of ``scales * codes - values`` and of ``values`` are added
+    low    the lowest code, -top if it is not given; top: the highest
     """
-    sums = np.zeros(2) if sums is None else sums
+    sums, low = np.zeros(2) if sums is None else sums, -top if low is None else low
     engine = _engine()
     if engine is not None:
-        found: Array = engine.codes_of(values, scales, group_size, lost, top, sums)
+        found: Array = engine.codes_of(values, scales, group_size, lost, (low, top), sums)
         return found
     rows = values.shape[0]
     grouped = values.reshape(rows, -1, group_size)
@@ -85,7 +101,7 @@ def codes_of(values: Array, scales: Array, group_size: int, lost: int, top: int,
         keep = np.uint32(0xFFFFFFFF << lost & 0xFFFFFFFF)
         odd = bits >> np.uint32(lost) & np.uint32(1)
         quotients = ((bits + odd + np.uint32((1 << lost - 1) - 1)) & keep).view(np.float32)
-    steps = np.clip(np.rint(quotients), -top, top)
+    steps = np.clip(np.rint(quotients), low, top)
     sums += np.square(steps * scales[:, :, None] - grouped).sum(dtype=np.float64), np.square(grouped).sum(dtype=np.float64)
     return steps.astype(np.int8).reshape(values.shape)
 
@@ -176,8 +192,24 @@ class Scales:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Per channel the model's own dtype, per group float32."""
-        return np.dtype(self.weight.dtype) if self.rounding.group_size == -1 else np.dtype(np.float32)
+        """Per channel the model's own, per group float32; of Golden Stick the model's own, or what inputs measured at run time want."""
+        own = np.dtype(self.weight.dtype)
+        if self.rounding.golden_stick:
+            return np.dtype(np.float32) if self.rounding.dynamic and own.name != "bfloat16" else own
+        return own if self.rounding.group_size == -1 else np.dtype(np.float32)
+
+    @property
+    def lost(self) -> int:
+        """Bits that the mantissa of a quotient loses."""
+        own = self.rounding.group_size == -1 or self.rounding.golden_stick
+        return LOST[np.dtype(self.weight.dtype).name] if own else 0
+
+    def divisors(self, rows: slice, groups: slice) -> Array:
+        """What weights are divided by, float32 [rows, groups]."""
+        scales = self.read(rows, groups)
+        if self.rounding.golden_stick:
+            scales = _held(scales, np.dtype(self.weight.dtype))
+        return to_float32(scales)
 
     @property
     def nbytes(self) -> int:
@@ -197,10 +229,22 @@ class Scales:
         found = absmax(np.ascontiguousarray(to_float32(read(self.weight, rows))), self.group_size)
         if not np.isfinite(found).all():
             raise UnreadableError(f"{self.name}: its weight has NaN or infinite values")
+        if self.rounding.golden_stick:
+            return self._golden_stick_scales(found)
         scales = found / np.float32(self.rounding.top)
         if self.rounding.group_size == -1:
             return np.maximum(scales.astype(self.dtype), EPSILON.astype(self.dtype))
         return np.where(scales == 0, EPSILON, scales)
+
+    def _golden_stick_scales(self, largest: Array) -> Array:
+        """Of the largest magnitudes, float32 [rows, groups]."""
+        scales = largest * 2 / np.float32((1 << self.rounding.bits) - 1)
+        return _held(np.where(largest == 0, np.float32(1), scales), self.dtype)
+
+
+def _held(scales: Array, dtype: np.dtype[Any]) -> Array:
+    """Positive float32 scales as ``dtype`` holds them, never 0."""
+    return np.maximum(scales.astype(dtype), ml_dtypes.finfo(dtype).smallest_subnormal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,19 +263,19 @@ class Codes:
         return np.dtype(np.int8)
 
     def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
-        per_channel, weight = self.scales.rounding.group_size == -1, self.scales.weight
+        rounding, weight = self.scales.rounding, self.scales.weight
+        per_channel = rounding.group_size == -1
         (start, stop, _), (left, right, _) = rows.indices(self.shape[0]), cols.indices(self.shape[1])
         group = max(1, right - left) if per_channel else self.scales.group_size
         begin, end = (left, right) if per_channel else (left // group * group, -(-right // group) * group)
         groups = slice(0, 1) if per_channel else slice(begin // group, end // group)
-        scales = to_float32(self.scales.read(rows, groups))
+        scales = self.scales.divisors(rows, groups)
         found, sums = np.empty((scales.shape[0], end - begin), np.int8), np.zeros(2)
-        lost = LOST[np.dtype(weight.dtype).name] if per_channel else 0
         step = max(1, PIECE // max(1, end - begin))
         for top in range(start, stop, step):
             bottom = min(top + step, stop)
             values = np.ascontiguousarray(to_float32(read(weight, slice(top, bottom), slice(begin, end), work)))
             here = slice(top - start, bottom - start)
-            found[here] = codes_of(values, np.ascontiguousarray(scales[here]), group, lost, self.scales.rounding.top, sums)
+            found[here] = codes_of(values, np.ascontiguousarray(scales[here]), group, self.scales.lost, rounding.top, sums, rounding.low)
         self.errors.add(self.scales.name, self.shape, (start, stop, begin, end), sums)
         return found[:, left - begin : right - begin]

@@ -90,6 +90,13 @@ def quantize_model(
     :raises DestinationError: ``out`` cannot be written. Whatever is raised, ``out`` is whole or as it was
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
+    if recipe.golden_stick is not None:
+        from .golden_stick_run import quantize_golden_stick
+
+        return quantize_golden_stick(
+            model_dir, out, recipe, to, device, calib, samples, overwrite=overwrite, resume=resume, plot=plot,
+            max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory, progress=progress,
+        )  # fmt: skip
     spec, variant, named = _target(to)
     check_new(Path(out), overwrite)
     if plot is not None:

@@ -9,7 +9,7 @@ engine writes in any format.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .progress import LayerFigures
 from .recipe import Recipe
 from .saving import DESCRIPTION, Made, Spelled, config_of, description_of, extra_tensors, tensors_of
 
-__all__ = ["Finished", "Work", "digest_of", "what_of"]
+__all__ = ["Finished", "Work", "digest_of", "in_model_order", "what_of"]
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,29 @@ class Work:
         """Write a layer's file, bring it and what the next layer gets to the disk, and say so in the journal."""
         tensors, types = tensors_of(made)
         norms, norm_types = extra_tensors(made, self.norms_for)
-        index = len(self.layers)
         own = {name: to_torch(array) for name, array in tensors.items()}
         own |= {name: to_torch(array).clone() for name, array in norms.items()}  # copies, where the library wants no shared memory
-        save_file(own, os.fspath(self._path(index)))
-        sync(self._path(index))
+        said = [word for word, found in (("kv", made.kv_cache), ("attention", made.attention)) if found]
+        return self.finish(own, {**types, **norm_types}, figures, made.float_names, smoothed, said, sync_inputs)
+
+    def finish(
+        self,
+        tensors: Mapping[str, Any],
+        types: Mapping[str, str],
+        figures: list[LayerFigures],
+        floats: Iterable[str],
+        smoothed: Iterable[str],
+        said: list[str],
+        sync_inputs: Callable[[], None],
+        metadata: dict[str, str] | None = None,
+    ) -> Finished:
+        """Write these torch ``tensors`` as the next layer's file, sync, and say so in the journal; metadata: the file's own."""
+        path = self._path(len(self.layers))
+        save_file(dict(tensors), os.fspath(path), metadata)
+        sync(path)
         sync_inputs()
         sync(self.place)
-        said = [word for word, found in (("kv", made.kv_cache), ("attention", made.attention)) if found]
-        size = self._path(index).stat().st_size
-        finished = Finished({**types, **norm_types}, size, figures, list(made.float_names), list(smoothed), said)
+        finished = Finished(dict(types), path.stat().st_size, figures, list(floats), list(smoothed), said)
         self.layers.append(finished)
         journal = self.stage.journal
         journal.entry(len(self.layers), [finished.to_json()])
@@ -111,13 +124,28 @@ class Work:
 
         outside    as ``LayerRun.outside`` gives it
         """
+        norms, norm_types = extra_tensors(outside, self.norms_for)
+        openers, types = self.gather(source, blocks, norms)
+        types |= norm_types
+        said = {word for layer in self.layers for word in layer.said}
+        documents = {
+            DESCRIPTION: description_of(outside.cfg, types, "kv" in said, "attention" in said),
+            "config.json": config_of(outside.model),
+        }
+        found = Spelled(self.location(openers, documents), bool(self.norms_for))
+        in_model_order(found, blocks, types)
+        return found
+
+    def gather(
+        self, source: Checkpoint, blocks: Blocks, more: Mapping[str, Array]
+    ) -> tuple[dict[str, Callable[[Path, int], StoredFile]], dict[str, str]]:
+        """(what opens the files of all layers, of what ``source`` has outside of them, and of ``more`` tensors; the tensors' types)."""
         weights = blocks.weights
         assert weights is not None
         rest = [name for name in source.tensors if not name.startswith(f"{blocks.architecture.layers}.")]
         types = dict.fromkeys(rest, "FLOAT")
         cast = {name: weights.tensor(name) for name in rest if _is_cast(source.tensors[name], weights)}
-        norms, norm_types = extra_tensors(outside, self.norms_for)
-        own = {**cast, **{name: to_torch(array).clone() for name, array in norms.items()}}
+        own = {**cast, **{name: to_torch(array).clone() for name, array in more.items()}}
         openers: dict[str, Callable[[Path, int], StoredFile]] = {}
         for number, file in enumerate(source.tensors.files):
             if names := [name for name in file.tensors if name in types and name not in own]:
@@ -128,20 +156,21 @@ class Work:
         if own:
             save_file({name: tensor.contiguous() for name, tensor in own.items()}, os.fspath(self.place / "rest.safetensors"))
             openers["rest.safetensors"] = SafetensorsFile
-        said = {word for layer in self.layers for word in layer.said}
-        documents = {
-            DESCRIPTION: description_of(outside.cfg, {**types, **norm_types}, "kv" in said, "attention" in said),
-            "config.json": config_of(outside.model),
-        }
+        return openers, types
+
+    def location(self, openers: Mapping[str, Callable[[Path, int], StoredFile]], documents: Mapping[str, Any]) -> Location:
+        """The files as one folder, with ``documents``."""
 
         def opener(path: Path, number: int = 0) -> StoredFile:
             return openers[path.name](path, number)
 
-        location = _Gathered(self.place, (*openers, *documents), documents=documents, opener=opener)
-        found = Spelled(location, bool(self.norms_for))
-        order = {name: number for number, name in enumerate(dict.fromkeys([*blocks.model.state_dict(), *types, *norm_types]))}
-        found.entries.sort(key=lambda entry: order[entry[1] if entry[0] == "plain" else f"{entry[1]}.weight"])
-        return found
+        return _Gathered(self.place, (*openers, *documents), documents=documents, opener=opener)
+
+
+def in_model_order(checkpoint: Checkpoint, blocks: Blocks, more: Iterable[str]) -> None:
+    """Sort a checkpoint's tensors as the model has them, others as ``more`` has them."""
+    order = {name: number for number, name in enumerate(dict.fromkeys([*blocks.model.state_dict(), *more]))}
+    checkpoint.entries.sort(key=lambda entry: order[entry[1] if entry[0] == "plain" else f"{entry[1]}.weight"])
 
 
 class _Gathered(Location):

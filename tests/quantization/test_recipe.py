@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 
 import quantize
@@ -26,7 +27,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", tiny.IN_MSMODELSLIMS_WORDS)
 def test_a_recipe_of_ours(name: str) -> None:
     recipe = load(name)
     config = recipe.quant_config("cpu")

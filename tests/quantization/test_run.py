@@ -30,7 +30,7 @@ from quantize.blocks import Weights
 from quantize.models import load_model, load_tokenizer
 from quantize.plots import draw
 from quantize.progress import LayerFigures, blocks, shown
-from quantize.recipe import RECIPES, load, loads
+from quantize.recipe import load, loads
 from quantize.rounded_tiles import Rounding
 from quantize.run import quantize_model
 from quantize.streamed import quantize_streamed, round_folder, rounding_of
@@ -46,7 +46,7 @@ def digest(folder: Path) -> str:
 # --- formats and recipes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", tiny.IN_MSMODELSLIMS_WORDS)
 def test_every_recipe_makes_what_it_says(name: str, source: Path, calib: Path, tmp_path: Path) -> None:
     data = calib if load(name).needs_data else None
     result = quantize_model(source, tmp_path / "out", name, "msmodelslim", calib=data, samples=10)

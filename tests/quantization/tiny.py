@@ -6,8 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+from quantize.recipe import RECIPES
+
 TINYLM = Path(__file__).parents[2] / "fixtures" / "tinylm"
 TOPICS = ("kernel", "database", "file system", "compiler", "network", "scheduler", "socket", "thread", "index", "buffer", "lock", "page")
+IN_MSMODELSLIMS_WORDS = tuple(name for name in RECIPES if not name.startswith("gs-"))
+"""Recipes; the others are Golden Stick's."""
 QUESTIONS = [
     {
         "title": topic.capitalize(),
