@@ -34,7 +34,6 @@ from formats.errors import RefusedError, UsageError
 
 from .anti_outlier import AntiOutlier, check_anti_names
 from .blocks import Blocks, Inputs, States, advance
-from .calibration import calibration_data
 from .choice import chosen_linears, linears_of
 from .config import QuantConfig
 from .devices import resolve
@@ -46,8 +45,8 @@ from .observers import CalmRange, observer_for
 from .progress import LayerFigures, Report
 from .recipe import Recipe, load
 from .result import check_plot, draw_plot
-from .samples import tokenizer_of
 from .stage import FEATURE_SAMPLES, forward, watching
+from .steps import calibrating
 
 __all__ = ["RANKS", "Analysis", "analyze_model"]
 
@@ -118,11 +117,7 @@ def analyze_model(
     blocks = Blocks.open(checkpoint, dtype_of(dtype, device))
     data: list[list[Tensor]] = []
     if calib is not None:
-        wanted = recipe.calibration
-        texts = isinstance(calib, (str, os.PathLike)) or any(isinstance(one, (str, dict)) for one in calib)
-        tokenizer = tokenizer_of(checkpoint.location) if texts else None
-        count = wanted.samples if samples is None else samples
-        data = calibration_data(calib, tokenizer, samples=count, length=wanted.length, template=wanted.template)
+        data = calibrating(calib, checkpoint.location, recipe.calibration, samples)
     run = _Run(blocks, recipe, data, device, None if work_dir is None else Path(work_dir), progress)
     with torch.no_grad():
         found = tuple(run.figures())

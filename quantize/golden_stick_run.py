@@ -219,6 +219,7 @@ class _Run:
     def _layer(self, model: nn.Module, index: int, here: States, there: States) -> MadeLayer:
         prefix = f"{self.blocks.names[index]}."
         policies = {name: policy for name, policy in self.policies.items() if name.startswith(prefix)}
+
         def made(number: int, output: Tensor) -> None:
             there[number] = output
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formats.errors import UnreadableError, UsageError
+from formats.errors import UsageError
 
 from .anti_outlier import WRAPPED_NORMS, AntiOutlier, check_anti_names, norms_of
 from .attention import AttentionObserver
-from .blocks import Blocks, Inputs, Sample, States
+from .blocks import Blocks, Sample
 from .choice import config_of, linears_of, named_float, wild_names
 from .compensated import awq_rounded, awq_scaled, gptq_rounded
 from .config import AntiOutlierConfig, QuantConfig
@@ -37,6 +37,7 @@ from .layers import STATIC_TYPES, QuantizedLayer, check_linear
 from .methods import Awq, Gptq
 from .recipe import Recipe
 from .stage import FEATURE_SAMPLES, Progress, Stage, rounded_to_nearest
+from .streams import Stream, embed
 
 __all__ = ["Job", "LayerRun", "MadeLayer", "whole_model_only"]
 
@@ -107,71 +108,6 @@ class MadeLayer:
     smoothed: tuple[str, ...] = ()
 
 
-class _Stream:
-    """Hidden states on their way through the layers: ``inputs`` of the layer at hand, and what is made of them.
-
-    place   a folder for files, one for each boundary between layers, so that a killed run finds those it needs; None: in memory
-    """
-
-    def __init__(self, name: str, samples: Sequence[Sample], blocks: Blocks, place: Path | None) -> None:
-        self.name, self.samples, self._blocks, self._place = name, samples, blocks, place
-        self._now: States | None = None
-        self._next: States | None = None
-
-    def _path(self, index: int) -> Path | None:
-        return None if self._place is None else self._place / f"{self.name}-{index:05d}.states"
-
-    def _open(self, index: int, new: bool = True) -> States:
-        path = self._path(index)
-        if path is not None and not new and not path.is_file():
-            raise UnreadableError(f"{path}: the hidden states of an interrupted run have gone; remove its work with `weighbridge clean`")
-        lengths = [int(sample[0].shape[1]) for sample in self.samples]
-        return States(lengths, int(self._blocks.config.hidden_size), self._blocks.dtype, path)
-
-    def begin(self) -> None:
-        """Stand before the first layer, with what ``embed`` is given."""
-        self._now = self._open(0)
-
-    def embed(self, index: int, hidden: Tensor) -> None:
-        """The embeddings made ``hidden`` of sample ``index``."""
-        assert self._now is not None
-        if index < len(self.samples):
-            self._now[index] = hidden
-
-    def at(self, index: int) -> None:
-        """Stand before layer ``index``."""
-        if self._now is None:
-            self._now = self._open(index, new=False)
-        self._next = self._now if self._place is None else self._open(index + 1)
-
-    @property
-    def inputs(self) -> Sequence[dict[str, Tensor]]:
-        """What the stage's model is called with, sample by sample."""
-        assert self._now is not None
-        return Inputs(self._now, self.samples)
-
-    def made(self, index: int, output: Any) -> None:
-        """The layer made this of sample ``index``."""
-        assert self._next is not None
-        self._next[index] = output.logits.detach()
-
-    def sync(self) -> None:
-        for states in (self._now, self._next):
-            if states is not None:
-                states.sync()
-
-    def advance(self, index: int) -> None:
-        """Leave layer ``index``, whose work is safe: its inputs are not needed any more."""
-        path, self._now = self._path(index), self._next
-        if path is not None:
-            path.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Nothing is needed any more."""
-        if self._now is not None and self._now.path is not None:
-            self._now.path.unlink(missing_ok=True)
-
-
 class LayerRun:
     """Quantizes ``blocks`` layer by layer: ``for made in LayerRun(...).layers(): ...``.
 
@@ -196,7 +132,7 @@ class LayerRun:
         if not ranges_only and (self._has_static() or job.config.use_fa_quant or job.is_searched):
             wanted["quantized"] = self.samples
         file = "ranges-{}" if ranges_only else "{}"
-        self._streams = {name: _Stream(file.format(name), there, blocks, place) for name, there in wanted.items()}
+        self._streams = {name: Stream(file.format(name), there, blocks, place) for name, there in wanted.items()}
 
     def _has_static(self) -> bool:
         return any((config := self.job.config_of(name)) is not None and config.model_quant_type in STATIC_TYPES for name in self.linears)
@@ -223,12 +159,7 @@ class LayerRun:
 
     def begin(self) -> None:
         """Embed the samples; to be left out where an earlier run's states are there."""
-        for stream in self._streams.values():
-            stream.begin()
-        for index, hidden in enumerate(self.blocks.embedded(self.samples, self.device) if self.samples else ()):
-            for stream in self._streams.values():
-                stream.embed(index, hidden)
-        self.sync()
+        embed(self.blocks, self.samples, self._streams.values(), self.device)
 
     def wildest(self, progress: Progress) -> set[str]:
         """The ``disable_level`` linears of largest range_parm, found in a pass of its own. Nothing of the model is changed."""

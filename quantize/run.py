@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,32 +27,19 @@ from formats.safetensors_file import DEFAULT_SHARD_BYTES
 from formats.spec import FormatSpec, Variant
 
 from .blocks import Shell, shell
-from .calibration import Sample, calibration_data, repeats
 from .choice import chosen_linears
 from .config import QuantConfig
 from .devices import resolve
 from .layerwise import Job
-from .models import load_tokenizer
 from .outputs import check_new
 from .progress import Report
 from .recipe import Recipe, load
 from .result import Quantized, check_plot, draw_plot
+from .steps import Clock, calibrating, notes_of, told_of_bytes
 from .trial import trial
 from .ways import Outcome, Request, in_memory, layer_by_layer, why_in_memory
 
 __all__ = ["Quantized", "quantize_model"]
-
-
-class _Clock:
-    """Seconds since the step before, by step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def done(self, step: str) -> None:
-        now = time.monotonic()
-        self.seconds[step], self._last = now - self._last, now
 
 
 def quantize_model(
@@ -107,11 +93,11 @@ def quantize_model(
     source = open_checkpoint(_base(model_dir))
     base = source.location
 
-    clock = _Clock()
+    clock = Clock()
     model = shell(source)
     settings = Settings(max_shard_size=max_shard_size, scale_dtype=_scales(spec), jobs=jobs, max_memory=max_memory)
     _ask_target(source, model, recipe, device, spec, variant, named, settings)
-    data = _data(calib, base, recipe, samples)
+    data = calibrating(calib, base, recipe.calibration, samples)
     clock.done("load")
     norms_for = variant.name if spec.name == "msmodelslim" and variant.name in {"safe_tensor", "ascendv1"} else ""
     request = Request(source, model, recipe, device, data, norms_for, progress)
@@ -119,7 +105,7 @@ def quantize_model(
         clock.done("quantize")
         plan = _plan(outcome, request, spec, variant, named, settings)
         plan.raise_if_refused()
-        written = write(plan, out, overwrite=overwrite, progress=_bytes(progress, plan))
+        written = write(plan, out, overwrite=overwrite, progress=told_of_bytes(progress, plan.checkpoint.tensors.nbytes))
     clock.done("write")
     if plot is not None:
         draw_plot(outcome.layers, plot, f"{base.folder.resolve().name}, {recipe.name}")
@@ -177,16 +163,6 @@ def _base(model_dir: str | os.PathLike[str]) -> Location:
     return base
 
 
-def _data(calib: Any, base: Location, recipe: Recipe, samples: int | None) -> list[Sample]:
-    if calib is None:
-        return []
-    wanted = recipe.calibration
-    count = wanted.samples if samples is None else samples
-    texts = isinstance(calib, (str, os.PathLike)) or any(isinstance(one, (str, dict)) for one in calib)
-    tokenizer = load_tokenizer(base.folder) if texts else None
-    return calibration_data(calib, tokenizer, samples=count, length=wanted.length, template=wanted.template)
-
-
 def _plan(outcome: Outcome, request: Request, spec: FormatSpec, variant: Variant, named: bool, settings: Settings) -> Plan:
     checkpoint = outcome.checkpoint
     checkpoint.location = replace(checkpoint.location, folder=request.base.folder)  # the source that must not be written into
@@ -196,28 +172,11 @@ def _plan(outcome: Outcome, request: Request, spec: FormatSpec, variant: Variant
     return plan
 
 
-def _bytes(progress: Report | None, plan: Plan) -> Any:
-    """The engine's progress, which says how many bytes more, for ours, which says how many so far."""
-    if progress is None:
-        return None
-    done, total = 0, plan.checkpoint.tensors.nbytes
-
-    def tell(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("writing", min(done, total), total, None)
-
-    return tell
-
-
 def _notes(outcome: Outcome, request: Request) -> list[str]:
-    notes, data = [], request.samples
-    if count := repeats(data):
-        notes.append(f"{count} of {len(data)} calibration samples repeat an earlier one, and add nothing")
+    data = request.samples
+    notes = notes_of(data, outcome.resumed)
     if not outcome.layers:
         notes.append("no linear was quantized")
     if request.recipe.quant_config().model_quant_type in {"W8A8", "W8A8S"} and len(data) < 10:
         notes.append(f"{len(data)} calibration samples are few for static activations; msModelSlim's guide takes 10 to 50")
-    if outcome.resumed:
-        notes.append(f"{outcome.resumed} decoder layers were there from a run that was interrupted")
     return notes

@@ -23,9 +23,10 @@ from formats.ir import dequantize, read
 from formats.mindspore_file import MindSporeFile
 from quantize.calibration import calibration_data
 from quantize.golden_stick_run import question_texts
+from quantize.models import load_model, load_tokenizer
 from quantize.quant_ckpt import app
 from quantize.recipe import RECIPES, load, loads
-from quantize.run import load_model, load_tokenizer, quantize_model
+from quantize.run import quantize_model
 from quantize.streamed import is_streamed, quantize_streamed
 
 OWN = [name for name in RECIPES if name.startswith("gs-")]

@@ -27,6 +27,7 @@ from formats.errors import DestinationError, RefusedError, UnreadableError, Usag
 from formats.ir import dequantize
 from quantize import Calibrator, QuantConfig
 from quantize.blocks import Weights
+from quantize.calibration import calibration_data
 from quantize.models import load_model, load_tokenizer
 from quantize.plots import draw
 from quantize.progress import LayerFigures, blocks, shown
@@ -99,7 +100,7 @@ def test_the_folder_is_what_the_calibrator_saves(source: Path, calib: Path, tmp_
     recipe = load("w8a8-sparse")
     quantize_model(source, tmp_path / "out", recipe, "msmodelslim", calib=calib)
     model = load_model(source)
-    data = quantize.run.calibration_data(calib, load_tokenizer(source), samples=recipe.calibration.samples)
+    data = calibration_data(calib, load_tokenizer(source), samples=recipe.calibration.samples)
     calibrator = Calibrator(model, recipe.quant_config(), data)
     calibrator.run()
     calibrator.save(tmp_path / "saved", save_type="safe_tensor")
