@@ -140,10 +140,7 @@ class _Layer:
 
     def run(self, watched: Iterable[tuple[str, Callable[[Tensor], None]]] = (), recorder: Any = None) -> None:
         """Run the layer on every sample; ``watched`` linears' inputs are given to their functions."""
-        hooks = [
-            self.linear(name).register_forward_pre_hook(lambda module, args, see=see: see(args[0]))  # type: ignore[misc]
-            for name, see in watched
-        ]
+        hooks = [self.linear(name).register_forward_pre_hook(lambda module, args, see=see: see(args[0])) for name, see in watched]
         more = {} if recorder is None else {"past_key_values": recorder, "use_cache": True}
         try:
             for index, sample in enumerate(self.samples):
@@ -290,7 +287,7 @@ def _recorder() -> Any:
     """A KV cache that keeps nothing but the extremes of what it is given, after the rotary embedding."""
     from transformers import DynamicCache
 
-    class Recorder(DynamicCache):  # type: ignore[misc]
+    class Recorder(DynamicCache):
         def __init__(self) -> None:
             super().__init__()
             self.seen = {"key": Extremes(), "value": Extremes()}

@@ -7,10 +7,9 @@ gives. The version is the target's: 0.6 for ``mindspore:gs0.6``, else 1.2. A run
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,14 @@ from formats.mindspore import GoldenStick as Reader
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
 
 from .blocks import Blocks, Sample, States, inputs_of, shell
-from .calibration import calibration_data, read_objects, repeats
+from .calibration import repeats
 from .config import QuantConfig
 from .devices import resolve
 from .golden_stick import RoundedWeight
 from .golden_stick_config import GoldenStick, Policy, names_of_linear
+from .golden_stick_data import calibration_samples
 from .golden_stick_layer import MadeLayer, MadeLinear, quantize_layer
 from .golden_stick_tensors import cache_of, laid_out
-from .models import load_tokenizer
 from .progress import LayerFigures, Report
 from .recipe import Recipe
 from .result import Quantized, check_plot, draw_plot
@@ -48,19 +47,7 @@ from .saving import NOWHERE, config_of, to_numpy
 from .streamed import Target
 from .work import Work, digest_of, in_model_order
 
-__all__ = ["policies_of", "quantize_golden_stick", "question_texts"]
-
-PUT = {
-    "boolq-gs0.6": (
-        "Read the passage below and answer the question with yes or no.\n### "
-        "Passage:\n{title} -- {passage}\n### Question:\n{question}\n### Answer:"
-    ),
-    "boolq-gs1.2": (
-        "Please read the following passage and answer the question directly with either 'yes' or 'no' without analysis process.\n\n ### "
-        "Passage:\n{title} -- {passage}\n### Question:\n{question}\n### Answer:"
-    ),
-}
-"""How BoolQ's questions are put, to the letter; the answer follows, and the end of the text where the tokenizer has such a token."""
+__all__ = ["policies_of", "quantize_golden_stick"]
 
 
 def quantize_golden_stick(
@@ -114,10 +101,10 @@ def quantize_golden_stick(
         qkv_concat=qkv_concat,
     )
     spelled = "gs0.6" if variant.name == "gs0.6" else "gs1.2"
-    Planner(_trial(blocks, policies, settings, spelled), spec, variant, named, wanted, base).plan(probe=False).raise_if_refused()
+    Planner(_trial(blocks, policies, settings, spelled), spec, variant, named, wanted, base).plan(probe=True).raise_if_refused()
 
     begun = time.monotonic()
-    data = _data(calib, base, recipe, samples, tokenizer)
+    data = calibration_samples(calib, base, recipe, samples, tokenizer)
     run = _Run(blocks, policies, settings, data, spelled, place, progress)
     with workshop(Path(out), "quantize") as stage:
         work = Work(stage, _what(recipe, device, data, spelled, source), "")
@@ -336,51 +323,6 @@ def _what(recipe: Recipe, device: str, data: list[Sample], spelled: str, source:
         },
         "files": [asdict(file.identity) for file in source.tensors.files],
     }
-
-
-def _data(calib: Any, base: Location, recipe: Recipe, samples: int | None, tokenizer: Any) -> list[Sample]:
-    if calib is None:
-        return []
-    wanted = recipe.calibration
-    count, template = wanted.samples if samples is None else samples, wanted.template
-    texts = isinstance(calib, (str, os.PathLike)) or any(isinstance(one, (str, dict)) for one in calib)
-    tokenizer = load_tokenizer(base.folder) if texts and tokenizer is None else tokenizer
-    if texts and template in PUT:
-        found = question_texts(calib, template, count)
-        with _ended(tokenizer):
-            return list(calibration_data(found, tokenizer, samples=count, length=wanted.length))
-    return list(calibration_data(calib, tokenizer, samples=count, length=wanted.length, template=template))
-
-
-def question_texts(calib: str | os.PathLike[str] | list[Any], template: str, count: int) -> list[Any]:
-    """The first ``count`` of BoolQ's questions with their answers; what are no questions, as they are."""
-    path = None if isinstance(calib, list) else Path(calib)
-    if path is not None and path.suffix not in {".jsonl", ".json"}:
-        raise UsageError(f"{path.name}: template {template} puts questions, which are .jsonl or .json; give the recipe another template")
-    found: list[Any] = []
-    for item in calib if path is None else (value for _, value in read_objects(path)):
-        if len(found) == count:
-            break
-        asks = (
-            isinstance(item, dict) and all(key in item for key in ("title", "passage", "question")) and isinstance(item.get("answer"), bool)
-        )
-        text = PUT[template].format(**{key: item[key] for key in ("title", "passage", "question")}) if asks else item
-        found.append(text + ("yes" if item["answer"] else "no") if asks else text)
-    return found
-
-
-@contextlib.contextmanager
-def _ended(tokenizer: Any) -> Iterator[None]:
-    """Texts end with the tokenizer's token for that, if it can add one."""
-    before = getattr(tokenizer, "add_eos_token", None)
-    able = before is not None and getattr(tokenizer, "eos_token", None) is not None
-    if able:
-        tokenizer.add_eos_token = True
-    try:
-        yield
-    finally:
-        if able:
-            tokenizer.add_eos_token = before
 
 
 def _bytes(progress: Report | None, plan: Any) -> Any:
