@@ -137,7 +137,7 @@ class Planner:
         self._check_left_out(probe)
         expect_work(sum(layer.target.shape[0] * layer.target.shape[1] for layer in layers))
         facts = self._probe(layers) if probe else {}  # refused or not: an unreadable source is said first
-        layers = [self._apply(layer, facts[layer.target.name]) if facts else self._ask(layer) for layer in layers]
+        layers = [self._apply(layer, facts[layer.target.name]) if facts else layer for layer in layers]
         layers = self._declare_alike(layers)
         self._choose_variant(facts)
         losses = self._judge_losses()
@@ -252,13 +252,6 @@ class Planner:
         sample = read(header.codes, slice(0, min(64, header.shape[0])), slice(0, min(4096, header.shape[1])))
         if sample.size:
             check_codes(header, int(sample.min()), int(sample.max()))
-
-    def _ask(self, plan: LayerPlan) -> LayerPlan:
-        """Refuse what the target has no words for, as far as headers say it."""
-        found = self.spec.objection(plan.target, self.variant.name)
-        if found is not None:
-            self.ledger.refuse(found.code, plan.target.name, found.needs, found.offers, found.hint)
-        return plan
 
     def _apply(self, plan: LayerPlan, facts: Facts) -> LayerPlan:
         """Take what the probe found into a layer's plan."""

@@ -11,7 +11,7 @@ SmoothQuant observes what the float model gives each linear, once, and finds the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,14 +25,14 @@ from .golden_stick import RoundedWeight, fake, parameters, round_weight, smoothi
 from .golden_stick_config import Policy, numbers
 from .golden_stick_gptq import MeanHessian, round_gptq
 from .golden_stick_search import Sampled, best_scale, clip_limits, clipped
-from .stage import MORE_SAMPLES, UNREACHED, forward, set_module
+from .stage import MORE_SAMPLES, UNREACHED, forward, set_module, watching
 
 __all__ = ["MadeLinear", "quantize_layer"]
 
 SKIPPED_BY_CLIPS = ("q_proj", "k_proj")
 """Linears whose weights are not clipped: rotary embeddings would multiply the error."""
 
-Made = Callable[[int, Tensor], None]
+Made = Callable[[int, Any], None]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def quantize_layer(
 ) -> MadeLayer:
     """Quantize the linears of ``model``, which is a stage with one decoder layer, in place; by name of those in ``policies``.
 
-    samples   what the stage is called with; made: is given (a sample's number, what the layer made of it)
+    samples   what the stage is called with; made: is given (a sample's number, what the stage made of it)
     cache     keys and values are observed too
 
     :raises UnreadableError: values that are not finite, a linear that no sample reaches
@@ -138,19 +138,18 @@ class _Layer:
         """Linears with that suppression or recovery."""
         return [name for name, policy in self.policies.items() if of in {policy.outliers_suppression, policy.precision_recovery}]
 
-    def run(self, watched: Iterable[tuple[str, Callable[[Tensor], None]]] = (), recorder: Any = None) -> None:
-        """Run the layer on every sample; ``watched`` linears' inputs are given to their functions."""
-        hooks = [
-            self.linear(name).register_forward_pre_hook(lambda module, args, see=see: see(args[0]))  # type: ignore[misc]
-            for name, see in watched
-        ]
+    def run(self, *seen: Mapping[str, Any], recorder: Any = None) -> None:
+        """Run the layer on every sample; what is in ``seen`` by a linear's name is given that linear's inputs, by ``add``."""
         more = {} if recorder is None else {"past_key_values": recorder, "use_cache": True}
-        try:
+
+        def see(name: str, values: Tensor) -> None:
+            for some in seen:
+                if name in some:
+                    some[name].add(values)
+
+        with watching({name: self.linear(name) for some in seen for name in some}, see):
             for index, sample in enumerate(self.samples):
-                self.made(index, forward(self.model, {**sample, **more}).logits.detach())
-        finally:
-            for hook in hooks:
-                hook.remove()
+                self.made(index, forward(self.model, {**sample, **more}))
 
     def put(self, name: str, smooth: Tensor, factor: Tensor) -> None:
         """Multiply a linear's weight by ``smooth`` [in], and its inputs by ``factor``."""
@@ -166,7 +165,7 @@ class _Layer:
     def smooth_quant(self) -> MadeLayer:
         """Everything in float32, from one run of the float layer."""
         seen = {name: Extremes() for name in self.policies}
-        self.run((name, one.add) for name, one in seen.items())
+        self.run(seen)
         found = MadeLayer()
         for name, policy in self.policies.items():
             linear = self.linear(name)
@@ -186,7 +185,7 @@ class _Layer:
         seen = {name: Extremes() for name in self.chosen("smooth")}
         if not seen:
             return
-        self.run((name, one.add) for name, one in seen.items())
+        self.run(seen)
         for name, one in seen.items():
             low, high = one.checked(name)
             weight = self.linear(name).weight.detach()
@@ -200,7 +199,7 @@ class _Layer:
         if not names:
             return
         means = {name: _Mean() for name in names}
-        self.run((name, one.add) for name, one in means.items())
+        self.run(means)
         for name in names:
             policy = self.policies[name]
             alphas = policy.argument("smooth_alpha")
@@ -219,7 +218,7 @@ class _Layer:
             return
         tokens = sum(math.prod(sample["inputs_embeds"].shape[:-1]) for sample in self.samples)
         seen = {name: Sampled(tokens) for name in names}
-        self.run((name, one.add) for name, one in seen.items())
+        self.run(seen)
         for name, one in seen.items():
             policy, weight = self.policies[name], self.linear(name).weight
             ratios = policy.argument("weight_clip_ratio")
@@ -231,7 +230,7 @@ class _Layer:
         ranges = {name: Extremes() for name, policy in self.policies.items() if policy.is_static}
         hessians = {name: MeanHessian(self.linear(name).in_features) for name in self.chosen("gptq")}
         recorder = _recorder() if cache else None
-        self.run([*((name, one.add) for name, one in ranges.items()), *((name, one.add) for name, one in hessians.items())], recorder)
+        self.run(ranges, hessians, recorder=recorder)
         found = MadeLayer(cache={} if recorder is None else recorder.found())
         for name, policy in self.policies.items():
             linear = self.linear(name)
@@ -290,7 +289,7 @@ def _recorder() -> Any:
     """A KV cache that keeps nothing but the extremes of what it is given, after the rotary embedding."""
     from transformers import DynamicCache
 
-    class Recorder(DynamicCache):  # type: ignore[misc]
+    class Recorder(DynamicCache):
         def __init__(self) -> None:
             super().__init__()
             self.seen = {"key": Extremes(), "value": Extremes()}

@@ -7,18 +7,15 @@ gives. The version is the target's: 0.6 for ``mindspore:gs0.6``, else 1.2. A run
 
 from __future__ import annotations
 
-import contextlib
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from convert.certificate import version as own_version
 from convert.engine import run as write
 from convert.memory import DEFAULT_MEMORY
 from convert.options import Settings
@@ -32,35 +29,25 @@ from formats.mindformers_file import INT4
 from formats.mindspore import GoldenStick as Reader
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
 
-from .blocks import Blocks, Inputs, Sample, States, shell
-from .calibration import calibration_data, read_objects, repeats
+from .blocks import Blocks, Sample
 from .config import QuantConfig
 from .devices import resolve
 from .golden_stick import RoundedWeight
 from .golden_stick_config import GoldenStick, Policy, names_of_linear
+from .golden_stick_data import calibration_samples
 from .golden_stick_layer import MadeLayer, MadeLinear, quantize_layer
 from .golden_stick_tensors import cache_of, laid_out
-from .models import load_tokenizer
+from .outputs import check_new
 from .progress import LayerFigures, Report
 from .recipe import Recipe
 from .result import Quantized, check_plot, draw_plot
 from .saving import NOWHERE, config_of, to_numpy
+from .steps import Clock, notes_of, told_of_bytes
 from .streamed import Target
-from .work import Work, digest_of, in_model_order
+from .streams import Stream, embed
+from .work import Work, digest_of, in_model_order, what_of
 
-__all__ = ["policies_of", "quantize_golden_stick", "question_texts"]
-
-PUT = {
-    "boolq-gs0.6": (
-        "Read the passage below and answer the question with yes or no.\n### "
-        "Passage:\n{title} -- {passage}\n### Question:\n{question}\n### Answer:"
-    ),
-    "boolq-gs1.2": (
-        "Please read the following passage and answer the question directly with either 'yes' or 'no' without analysis process.\n\n ### "
-        "Passage:\n{title} -- {passage}\n### Question:\n{question}\n### Answer:"
-    ),
-}
-"""How BoolQ's questions are put, to the letter; the answer follows, and the end of the text where the tokenizer has such a token."""
+__all__ = ["policies_of", "quantize_golden_stick"]
 
 
 def quantize_golden_stick(
@@ -97,7 +84,7 @@ def quantize_golden_stick(
             f"--to {spec.name}:{variant.name}: holds no quantized weights, so there is nothing to quantize for; name another format"
         )
     named = named or spec.name == "mindspore"  # a model without quantized linears would be taken for a float one
-    _check_out(Path(out), overwrite)
+    check_new(Path(out), overwrite)
     if plot is not None:
         check_plot(plot)
     if calib is None and settings.needs_data:
@@ -105,7 +92,8 @@ def quantize_golden_stick(
     place = resolve(device)
     base = model if isinstance(model, Location) else Location.of(model)
     source = _source(base)
-    blocks, policies = Blocks.open(source), policies_of(source, settings)
+    blocks = Blocks.open(source)
+    policies = policies_of(blocks, settings)
     wanted = Settings(
         max_shard_size=max_shard_size,
         scale_dtype="keep" if spec.name in {"msmodelslim", "mindspore"} else None,
@@ -114,46 +102,43 @@ def quantize_golden_stick(
         qkv_concat=qkv_concat,
     )
     spelled = "gs0.6" if variant.name == "gs0.6" else "gs1.2"
-    Planner(_trial(blocks, policies, settings, spelled), spec, variant, named, wanted, base).plan(probe=False).raise_if_refused()
+    Planner(_trial(blocks, policies, settings, spelled), spec, variant, named, wanted, base).plan(probe=True).raise_if_refused()
 
-    begun = time.monotonic()
-    data = _data(calib, base, recipe, samples, tokenizer)
+    clock = Clock()
+    data = calibration_samples(calib, base, recipe, samples, tokenizer)
     run = _Run(blocks, policies, settings, data, spelled, place, progress)
     with workshop(Path(out), "quantize") as stage:
-        work = Work(stage, _what(recipe, device, data, spelled, source), "")
+        work = Work(stage, what_of(source, recipe, device, spelled=spelled, samples=digest_of(data)), "")
         if resume and not work.layers:
             raise DestinationError(f"{out}: --resume: no interrupted run left its work beside it; run the command without it")
         resumed = len(work.layers)
         run.layers(work)
         checkpoint = _checkpoint(work, source, blocks)
-        done = time.monotonic()
+        clock.done("quantize")
         checkpoint.location = replace(checkpoint.location, folder=base.folder)  # the source that must not be written into
         plan = Planner(checkpoint, spec, variant, named, wanted, base).plan(probe=True)
         plan.options |= {"recipe": recipe.model_dump(exclude_defaults=True), "content": digest_of(data)}
         plan.raise_if_refused()
-        written = write(plan, out, overwrite=overwrite, progress=_bytes(progress, plan))
+        written = write(plan, out, overwrite=overwrite, progress=told_of_bytes(progress, checkpoint.tensors.nbytes))
         figures = tuple(figure for layer in work.layers for figure in layer.figures)
         smoothed = sum(len(layer.smoothed) for layer in work.layers)
+    clock.done("write")
     if plot is not None:
         draw_plot(figures, plot, f"{base.folder.resolve().name}, {recipe.name}")
     floats = tuple(name for name in blocks.linears if name not in policies)
-    seconds = {"quantize": done - begun, "write": time.monotonic() - done}
-    return Quantized(recipe, written, figures, floats, len(data), smoothed, tuple(_notes(data, resumed)), seconds, resumed)
+    return Quantized(recipe, written, figures, floats, len(data), smoothed, tuple(notes_of(data, resumed)), clock.seconds, resumed)
 
 
-def policies_of(source: Checkpoint, settings: GoldenStick) -> dict[str, Policy]:
+def policies_of(blocks: Blocks, settings: GoldenStick) -> dict[str, Policy]:
     """The policy of each linear of the decoder layers that will be quantized.
 
     :raises UsageError: groups that do not divide a layer's inputs, or are all of them
     """
-    model, _ = shell(source)
-    model_type = getattr(model.config, "model_type", None)
+    model_type = getattr(blocks.config, "model_type", None)
     found: dict[str, Policy] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or not any(part.isdigit() for part in name.split(".")):
-            continue
+    for name, module in blocks.linears.items():
         policy = settings.policy_of(names_of_linear(name, model_type))
-        if policy is None:
+        if policy is None or not name.startswith(f"{blocks.architecture.layers}."):
             continue
         if policy.group_size != -1 and (module.in_features % policy.group_size or module.in_features == policy.group_size):
             raise UsageError(
@@ -185,47 +170,27 @@ class _Run:
         first, done = len(work.layers), sum(len(layer.figures) for layer in work.layers)
         if first == len(self.blocks):
             return
-        here = self._states(work, first)
-        if first == 0 and self.samples:
-            begun = self.blocks.begin(self.samples, device=self.device)
-            for index in range(len(self.samples)):
-                here[index] = begun[index]
-            here.sync()
+        stream = Stream("float", self.samples, self.blocks, work.place)
+        if first == 0:
+            embed(self.blocks, self.samples, [stream], self.device)
         for index in range(first, len(self.blocks)):
-            there = self._states(work, index + 1, new=True)
+            stream.at(index)
             with torch.no_grad(), self.blocks.stage(index, device=self.device) as model:
-                made = self._layer(model, index, here, there)
+                made = self._layer(model, index, stream)
             figures = [LayerFigures(name, one.policy.kind, one.weight_error) for name, one in made.linears.items()]
-            self._keep(work, index, made, figures, there)
-            if self.samples:
-                self._path(work, index).unlink(missing_ok=True)
-            here = there
+            self._keep(work, index, made, figures, stream)
+            stream.advance(index)
             for figure in figures:
                 done += 1
                 if self.progress is not None:
                     self.progress("quantizing", done, len(self.policies), figure)
 
-    def _path(self, work: Work, index: int) -> Path:
-        return work.place / f"float-{index:05d}.states"
-
-    def _states(self, work: Work, index: int, new: bool = False) -> States:
-        """What layer ``index`` gets."""
-        path = self._path(work, index) if self.samples else None
-        if path is not None and index and not new and not path.is_file():
-            raise UnreadableError(f"{path}: the hidden states of an interrupted run have gone; remove its work with `weighbridge clean`")
-        lengths = [int(sample[0].shape[1]) for sample in self.samples]
-        return States(lengths, int(self.blocks.config.hidden_size), self.blocks.dtype, path)
-
-    def _layer(self, model: nn.Module, index: int, here: States, there: States) -> MadeLayer:
+    def _layer(self, model: nn.Module, index: int, stream: Stream) -> MadeLayer:
         prefix = f"{self.blocks.names[index]}."
         policies = {name: policy for name, policy in self.policies.items() if name.startswith(prefix)}
+        return quantize_layer(model, policies, stream.inputs, stream.made, self.settings.approach, self.settings.kv_bit == 8)
 
-        def made(number: int, output: Tensor) -> None:
-            there[number] = output
-
-        return quantize_layer(model, policies, Inputs(here, self.samples), made, self.settings.approach, self.settings.kv_bit == 8)
-
-    def _keep(self, work: Work, index: int, made: MadeLayer, figures: list[LayerFigures], there: States) -> None:
+    def _keep(self, work: Work, index: int, made: MadeLayer, figures: list[LayerFigures], stream: Stream) -> None:
         tensors, packed = self.tensors(index, made)
         prefix = f"{self.blocks.names[index]}."
         weights = self.blocks.weights
@@ -238,7 +203,7 @@ class _Run:
         floats = [name for name in self.blocks.linears if name.startswith(prefix) and name not in made.linears]
         smoothed = [name for name, one in made.linears.items() if one.smooth is not None]
         kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        work.finish(kept, types, figures, floats, smoothed, ["kv"] if made.cache else [], there.sync, dict.fromkeys(packed, INT4))
+        work.finish(kept, types, figures, floats, smoothed, ["kv"] if made.cache else [], stream.sync, dict.fromkeys(packed, INT4))
 
     def tensors(self, index: int, made: MadeLayer) -> tuple[dict[str, Tensor], list[str]]:
         """(the layer's own tensors; names of those that hold two 4-bit codes a byte)."""
@@ -262,14 +227,6 @@ def _source(base: Location) -> Checkpoint:
     if config.get("quantization_config") or config.get("quantize") or source.layer_names:
         raise RefusedError(f"{base.folder}: is quantized already; quantize the float model, or use `weighbridge convert`")
     return source
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    """What the engine will check again after hours of work."""
-    if not out.parent.is_dir():
-        raise DestinationError(f"{out.parent}: there is no such folder to write into; make it first")
-    if (out.exists() or out.is_symlink()) and not overwrite:
-        raise DestinationError(f"{out}: exists already; choose another destination, or pass --overwrite to replace it")
 
 
 def _trial(blocks: Blocks, policies: Mapping[str, Policy], settings: GoldenStick, spelled: str) -> Checkpoint:
@@ -320,85 +277,3 @@ def _checkpoint(work: Work, source: Checkpoint, blocks: Blocks) -> Checkpoint:
     found = Reader(location, "float", location.tensors())
     in_model_order(found, blocks, types)
     return found
-
-
-def _what(recipe: Recipe, device: str, data: list[Sample], spelled: str, source: Checkpoint) -> dict[str, Any]:
-    return {
-        "version": own_version(),
-        "options": {
-            "recipe": recipe.model_dump(exclude_defaults=True),
-            "device": device,
-            "norms_for": "",
-            "spelled": spelled,
-            "samples": digest_of(data),
-            "torch": torch.__version__,
-        },
-        "files": [asdict(file.identity) for file in source.tensors.files],
-    }
-
-
-def _data(calib: Any, base: Location, recipe: Recipe, samples: int | None, tokenizer: Any) -> list[Sample]:
-    if calib is None:
-        return []
-    wanted = recipe.calibration
-    count, template = wanted.samples if samples is None else samples, wanted.template
-    texts = isinstance(calib, (str, os.PathLike)) or any(isinstance(one, (str, dict)) for one in calib)
-    tokenizer = load_tokenizer(base.folder) if texts and tokenizer is None else tokenizer
-    if texts and template in PUT:
-        found = question_texts(calib, template, count)
-        with _ended(tokenizer):
-            return list(calibration_data(found, tokenizer, samples=count, length=wanted.length))
-    return list(calibration_data(calib, tokenizer, samples=count, length=wanted.length, template=template))
-
-
-def question_texts(calib: str | os.PathLike[str] | list[Any], template: str, count: int) -> list[Any]:
-    """The first ``count`` of BoolQ's questions with their answers; what are no questions, as they are."""
-    path = None if isinstance(calib, list) else Path(calib)
-    if path is not None and path.suffix not in {".jsonl", ".json"}:
-        raise UsageError(f"{path.name}: template {template} puts questions, which are .jsonl or .json; give the recipe another template")
-    found: list[Any] = []
-    for item in calib if path is None else (value for _, value in read_objects(path)):
-        if len(found) == count:
-            break
-        asks = (
-            isinstance(item, dict) and all(key in item for key in ("title", "passage", "question")) and isinstance(item.get("answer"), bool)
-        )
-        text = PUT[template].format(**{key: item[key] for key in ("title", "passage", "question")}) if asks else item
-        found.append(text + ("yes" if item["answer"] else "no") if asks else text)
-    return found
-
-
-@contextlib.contextmanager
-def _ended(tokenizer: Any) -> Iterator[None]:
-    """Texts end with the tokenizer's token for that, if it can add one."""
-    before = getattr(tokenizer, "add_eos_token", None)
-    able = before is not None and getattr(tokenizer, "eos_token", None) is not None
-    if able:
-        tokenizer.add_eos_token = True
-    try:
-        yield
-    finally:
-        if able:
-            tokenizer.add_eos_token = before
-
-
-def _bytes(progress: Report | None, plan: Any) -> Any:
-    if progress is None:
-        return None
-    done, total = 0, plan.checkpoint.tensors.nbytes
-
-    def tell(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("writing", min(done, total), total, None)
-
-    return tell
-
-
-def _notes(data: list[Sample], resumed: int) -> list[str]:
-    notes = []
-    if count := repeats(data):
-        notes.append(f"{count} of {len(data)} calibration samples repeat an earlier one, and add nothing")
-    if resumed:
-        notes.append(f"{resumed} decoder layers were there from a run that was interrupted")
-    return notes

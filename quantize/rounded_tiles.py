@@ -244,7 +244,8 @@ class Scales:
 
 def _held(scales: Array, dtype: np.dtype[Any]) -> Array:
     """Positive float32 scales as ``dtype`` holds them, never 0."""
-    return np.maximum(scales.astype(dtype), ml_dtypes.finfo(dtype).smallest_subnormal)
+    least: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    return np.maximum(scales.astype(dtype), least.smallest_subnormal)
 
 
 @dataclass(frozen=True, slots=True)

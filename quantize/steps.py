@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from formats.checkpoint import Location
 
 from .calibration import Sample, calibration_data, repeats
@@ -58,7 +60,7 @@ def told_of_bytes(progress: Report | None, total: int) -> Callable[[int], None] 
     return tell
 
 
-def notes_of(data: Sequence[Sample], resumed: int) -> list[str]:
+def notes_of(data: Sequence[Sequence[Tensor]], resumed: int) -> list[str]:
     """What is to be said of the samples, and of an interrupted run."""
     notes = []
     if count := repeats(data):

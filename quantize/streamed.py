@@ -24,10 +24,11 @@ from convert.engine import Progress, Result, entries_in_flight, run
 from convert.memory import DEFAULT_MEMORY, LIBRARIES
 from convert.options import Settings
 from convert.planning import Planner
+from convert.records import Plan
 from convert.staging import check_unfinished
 from formats import find_target, open_checkpoint
 from formats.checkpoint import FLOATS, Checkpoint, Location, float_linears, float_matrices
-from formats.errors import UnreadableError, UsageError
+from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.ir import QuantArgs, QuantizedLinear, QuantScheme, read
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
 from formats.spec import FormatSpec, Variant
@@ -253,8 +254,17 @@ def round_folder(
     # A probe would read every weight, to find what is so by construction: symmetric, finite, in range.
     plan = Planner(checkpoint, spec, variant, named, settings).plan(probe=False)
     if recipe is not None and recipe.golden_stick is not None:
+        _check_words(plan)
         plan.options |= {"recipe": recipe.model_dump(exclude_defaults=True)}
     return run(plan, out, overwrite=overwrite, proof=proof, progress=None if progress is None else _teller(checkpoint, progress))
+
+
+def _check_words(plan: Plan) -> None:
+    """RefusedError for a layer that the target has no words for, which a probe would have asked."""
+    for layer in plan.layers:
+        found = plan.spec.objection(layer.target, plan.variant.name)
+        if found is not None:
+            raise RefusedError(f"{layer.target.name}: needs {found.needs}; {plan.target_name} {found.offers}; {found.hint} [{found.code}]")
 
 
 def _teller(checkpoint: Rounded, progress: Report) -> Progress:

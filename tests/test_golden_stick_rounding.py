@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from convert.cli import app
 from formats import open_checkpoint
-from formats.errors import UnreadableError, UsageError
+from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.ir import read
 from formats.mindspore_file import MindSporeFile
 from quantize.golden_stick_config import GoldenStick, Policy, names_of_linear
@@ -251,3 +251,11 @@ def test_the_command_says_that_data_are_not_read(tmp_path: Path) -> None:
     assert said["quantize_notes"] == ["recipe gs-rtn-a16w8 rounds weights alone: the calibration data were not read"]
     assert len(said["layers"]) == 14
     assert said["float_linears"] == ["lm_head"]
+
+
+def test_groups_of_8_bit_codes_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(
+        RefusedError, match=r"proj: needs groups of 8-bit codes; mindspore:gs1\.2 has one scale per channel there; .*group-size"
+    ):
+        quantize_streamed(float_folder(tmp_path / "float"), tmp_path / "out", loads("golden_stick: {group_size: 64}"), "mindspore")
+    assert not (tmp_path / "out").exists()

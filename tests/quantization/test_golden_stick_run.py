@@ -22,7 +22,7 @@ from formats.errors import DestinationError, RefusedError, UnreadableError, Usag
 from formats.ir import dequantize, read
 from formats.mindspore_file import MindSporeFile
 from quantize.calibration import calibration_data
-from quantize.golden_stick_run import question_texts
+from quantize.golden_stick_data import question_texts
 from quantize.models import load_model, load_tokenizer
 from quantize.quant_ckpt import app
 from quantize.recipe import RECIPES, load, loads
