@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from judge import Tool
+from typer.testing import CliRunner
 
 from convert import convert
+from quantize.quant_ckpt import app
 
 pytestmark = pytest.mark.oracle
 
@@ -23,8 +27,8 @@ LLAMA = {
     "intermediate_size": 512, "vocab_size": 320, "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "torch_dtype": "float16",
 }  # fmt: skip
 
-CACHES = re.compile(r"model\.layers\.\d+\.attention\.infer_attention\.paged_attention_mgr\.(key|value)_cache")
-"""What the network fills itself."""
+CACHES = re.compile(r"model\.layers\.\d+\.attention\.infer_attention\.paged_attention_mgr\.((layer|_handler)\.)?(key|value)_cache")
+"""What the network fills itself; a quantized cache lies in a cell of Golden Stick's."""
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "RTN": ("golden_stick/rtn_a16w8_gs060.ckpt", "mindspore:gs0.6", {}),
@@ -51,7 +55,50 @@ def test_the_network_of_the_yaml_takes_every_parameter(case: str, tmp_path: Path
     if source.startswith("msmodelslim"):
         options = {"base_model": FIXTURES / "msmodelslim" / "src_fp16"}
     convert(FIXTURES / source, tmp_path / "out", target, **options)
-    said = Tool("mindformers").run("mindformers_load.py", tmp_path / "out")
+    check_loaded(tmp_path / "out")
+
+
+@pytest.mark.parametrize("flags", [("-q", "rtn-a16w8"), ("-q", "ptq", "-w", "int8", "-b", "lm_head")], ids=["RTN", "PTQ"])
+def test_the_network_takes_what_quant_ckpt_writes(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Of the float model that the real script was given."""
+    config = {
+        "hidden_size": 256, "num_layers": 2, "num_heads": 8, "n_kv_heads": 4, "vocab_size": 320, "seq_length": 512,
+        "compute_dtype": "float16",
+    }  # fmt: skip
+    content = {
+        "load_checkpoint": str(FIXTURES / "golden_stick" / "llama_tiny_fp16_plain.ckpt"),
+        "output_dir": str(tmp_path / "output"),
+        "trainer": {"model_name": "llama"},
+        "model": {"model_config": config, "arch": {"type": "LlamaForCausalLM"}},
+    }
+    path, data = tmp_path / "predict.yaml", tmp_path / "dev.jsonl"
+    path.write_text(yaml.safe_dump(content))
+    data.write_text("{}\n")
+    done = CliRunner().invoke(app, ["-c", str(path), "-t", "boolq", "-s", str(data), *flags])
+    assert done.exit_code == 0, done.output
+    (out,) = (tmp_path / "output").iterdir()
+    check_loaded(out)
+
+
+@pytest.mark.parametrize("text", ["gs-smooth-a8w8", "gs-ptq", "golden_stick: {approach: rtn, w_bit: 16, kv_bit: 8}"])
+def test_the_network_takes_what_was_calibrated(text: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")  # where this runs beside it
+    from quantize import quantize_model
+    from quantize.recipe import load, loads
+
+    folder = tmp_path / "float"
+    folder.mkdir()
+    shutil.copy(FIXTURES / "golden_stick" / "config.json", folder)
+    shutil.copy(FIXTURES / "golden_stick" / "llama_tiny_fp16_plain.ckpt", folder)
+    ids = torch.arange(3, 60).reshape(1, -1)
+    recipe = load(text) if text.startswith("gs-") else loads(text)
+    quantize_model(folder, tmp_path / "out", recipe, "mindspore:gs0.6", calib=[[ids, torch.ones_like(ids)]])
+    check_loaded(tmp_path / "out")
+
+
+def check_loaded(folder: Path) -> None:
+    """The network has every parameter of the folder's checkpoint, and it of the network's."""
+    said = Tool("mindformers").run("mindformers_load.py", folder)
     found = json.loads(next(line for line in said.splitlines() if line.startswith("found ")).removeprefix("found "))
     assert [name for name in found["missing"] if not CACHES.fullmatch(name)] == []
     assert found["unknown"] == []
