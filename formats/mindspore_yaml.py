@@ -163,13 +163,17 @@ def _model_config(model: ModelFacts, variant: str) -> dict[str, Any]:
         "top_p": 1,
         "do_sample": False,
     }
-    if model.layers and variant != "float":
+    if (model.layers or model.attention) and variant != "float":
         found["quantization_config"] = quantization(model, variant)
     return found
 
 
 def quantization(model: ModelFacts, variant: str) -> dict[str, Any]:
     """``quantization_config`` of a quantized model: 1.3.2's keys, and beyond them what only later versions have words for."""
+    if not model.layers:  # the cache alone
+        method = "rtn" if variant == "gs0.6" else "ptq"
+        words = dict.fromkeys(("weight_dtype", "activation_dtype", "kvcache_dtype", "outliers_suppression"), "None")
+        return {"quant_method": method, **words, "kvcache_dtype": "int8", "modules_to_not_convert": ["lm_head"], "algorithm_args": {}}
     layer = model.layers[0]
     weights, kind, smoothed = layer.scheme.weights, layer.inputs, layer.smooth_dtype is not None
     found: dict[str, Any] = {
