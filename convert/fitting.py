@@ -86,7 +86,7 @@ class Header:
     outer_dtype: str | None
     input_dtype: str | None
     derived: tuple[tuple[str, str], ...]
-    kept_product: bool = False
+    product_divides: bool = False
 
     @property
     def inputs(self) -> InputKind | None:
@@ -228,7 +228,7 @@ class Fitter:
             derived,
             header.scalars if own else (),
             smooth_dtype,
-            header.kept_product,
+            header.product_divides and input_dtype in {None, "F32", header.input_dtype},
         )
         return LayerPlan(target, header.scheme, self.one(moves), repeat)
 

@@ -109,6 +109,16 @@ class Tile:
         for start in range(self.rows.start, self.rows.stop, height):
             yield slice(start, min(start + height, self.rows.stop))
 
+    def words(self) -> Array:
+        """The tile's words, as they are stored in a packed layout."""
+        assert self.matrix.layer is not None
+        if self._codes is None:
+            self._codes = _fetch(self.matrix.layer.codes, self.rows, self.cols, self.work)
+        if isinstance(self._codes, PackedMatrix):
+            return np.asarray(self._codes.stored)
+        assert isinstance(self.matrix.layer.codes, PackedMatrix)
+        return _words(self.matrix.layer.codes, self.rows, self.cols, self.work)
+
     def codes(self, strip: slice) -> Array:
         """Codes [strip, cols], C-contiguous, checked against the layer's bits where their container is wider."""
         assert self.matrix.layer is not None
@@ -172,12 +182,14 @@ def _fetch(codes: ArrayLike, rows: slice, cols: slice, work: Workspace) -> Array
     if isinstance(codes, PackedMatrix) and codes.width is None:
         if not codes.layout.transposed:
             return _Rectangle(codes, rows, cols)
-        (top, left), (bottom, right) = codes.layout.corner(rows.start, cols.start), codes.layout.corner(rows.stop, cols.stop)
-        top, bottom, left, right = min(top, bottom), max(top, bottom), min(left, right), max(left, right)
-        return PackedMatrix(
-            codes.layout, read(codes.stored, slice(top, bottom), slice(left, right), _Named(work, "words")), codes.dtype_name
-        )
+        return PackedMatrix(codes.layout, _words(codes, rows, cols, work), codes.dtype_name)
     return _Rectangle(codes, rows, cols)
+
+
+def _words(codes: PackedMatrix, rows: slice, cols: slice, work: Workspace) -> Array:
+    """The stored rectangle of a canonical one."""
+    (top, left), (bottom, right) = codes.layout.corner(rows.start, cols.start), codes.layout.corner(rows.stop, cols.stop)
+    return read(codes.stored, slice(top, bottom), slice(left, right), _Named(work, "words"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from formats import Checkpoint, check_writable, find_format, open_checkpoint
 from formats.checkpoint import Location, float_linears, float_matrices, zeros_reading
-from formats.derived import bias_error, contradiction
+from formats.derived import bias_error, comes_back, contradiction
 from formats.errors import RanksRefusedError, RefusedError, UnreadableError, UsageError
 from formats.ir import QuantizedLinear, QuantScheme, read
 from formats.laid_out import LaidOut
@@ -109,8 +109,11 @@ class Planner:
         bits: int | None = None,
         hints: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        if not named and not checkpoint.layer_names and not checkpoint.unsupported:  # a float model in the format's float spelling
-            variant = next((found for found in spec.variants if found.holds is not None and found.holds.dequantized), variant)
+        if not named and not checkpoint.layer_names and not checkpoint.unsupported:
+            if spec.name == checkpoint.format and checkpoint.attention:  # a float model with a quantized cache, in its own spelling
+                variant = spec.variant(checkpoint.variant) or variant
+            else:  # a float model in the format's float spelling
+                variant = next((found for found in spec.variants if found.holds is not None and found.holds.dequantized), variant)
         assert variant.holds is not None
         self.checkpoint, self.spec, self.variant, self.named = checkpoint, spec, variant, named
         self.holds: Capabilities = variant.holds
@@ -183,7 +186,10 @@ class Planner:
             layer = self.checkpoint.layer(name)
             kind = input_kind(layer.scheme, layer.input_scale is not None)
             derived = self.spec.derived(layer, kind, asked if "deq_scale" in layer.extras else asked or self.half)
-            headers.append(header_of(layer, self.fitter.one(layer.scheme), self.fitter.one(derived)))
+            header = header_of(layer, self.fitter.one(layer.scheme), self.fitter.one(derived))
+            if self.spec.name == "mindspore" and kind == "static" and header.scale_dtype == "F32":
+                header = replace(header, product_divides=comes_back(layer))
+            headers.append(header)
             for part, extra in layer.extras.items():
                 # What belongs to the inputs' quantization goes with it: carried by its own format, dropped by name elsewhere.
                 if extra.kind == "functional" and not part.startswith("input_"):

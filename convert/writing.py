@@ -148,9 +148,11 @@ class LayerWriter:
         return found, block.nbytes
 
     def _repack(self, ours: Tile, work: Workspace) -> tuple[Array, tuple[int, int], Found | None]:
-        """A tile's words, and the proof that they unpack to its codes."""
+        """A tile's words, and the proof that they unpack to its codes; the source's own words where the layout is the same."""
         layout, rows, cols = self._spec.layout, ours.rows, ours.cols
         assert layout is not None
+        if self._may_copy():
+            return self._copy(ours, work)
         width = cols.stop - cols.start
         block = work.take("block", layout.stored_shape((rows.stop - rows.start, width)), layout.word_dtype)
         proof = CodeProof(ours, Tile(self._theirs[0], rows, cols, work)) if self._theirs else None
@@ -162,6 +164,24 @@ class LayerWriter:
             if proof is not None:
                 proof.add(strip, codes, np.ascontiguousarray(layout.unpack(words, dtype=codes.dtype.str, work=work)))
         return block, layout.corner(rows.start, cols.start), None if proof is None else proof.found()
+
+    def _may_copy(self) -> bool:
+        """Whether the source's words are the target's."""
+        codes, bits = self.source.codes, self.source.scheme.weights.bits
+        return isinstance(codes, PackedMatrix) and codes.width is None and codes.layout == self._spec.layout and codes.layout.bits == bits
+
+    def _copy(self, ours: Tile, work: Workspace) -> tuple[Array, tuple[int, int], Found | None]:
+        """A tile's words as they are, and the proof of what they mean."""
+        layout, rows, cols = self._spec.layout, ours.rows, ours.cols
+        assert layout is not None
+        found = None
+        if self._theirs:
+            proof = CodeProof(ours, Tile(self._theirs[0], rows, cols, work))
+            for strip in ours.strips():
+                codes = ours.codes(strip)
+                proof.add(strip, codes, codes)
+            found = proof.found()
+        return ours.words(), layout.corner(rows.start, cols.start), found
 
     def _dequantize(self, ours: Tile, work: Workspace) -> tuple[Array, tuple[int, int], Found | None]:
         """A tile's weights, and the proof that they are the law's, rounded."""

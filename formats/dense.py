@@ -17,7 +17,7 @@ from typing import Any
 from .checkpoint import Checkpoint, Location
 from .errors import RefusedError
 from .meta_file import meta_files, meta_tensors
-from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
+from .spec import FLOAT_WEIGHTS, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
 
 def detect(location: Location) -> str | None:
@@ -63,17 +63,7 @@ SPEC = FormatSpec(
         Variant(
             "hf",
             "dequantized weights",
-            Capabilities(
-                elements=("int", "e4m3", "e5m2", "e2m1", "nf4"),
-                bits=(2, 3, 4, 5, 6, 7, 8),
-                strategies=("tensor", "channel", "group", "block"),
-                act_order=("group", "static"),
-                scale_dtypes=("F16", "BF16", "F32"),
-                mixed_groups=True,
-                lm_head=True,
-                dequantized=True,
-                fused_alike=False,
-            ),
+            FLOAT_WEIGHTS,
             readers="everything",
         ),
         Variant("meta", "Llama as Meta publishes it: consolidated.00.pth and params.json", None, readers="Meta's llama"),

@@ -46,6 +46,17 @@ def deq_scale(layer: QuantizedLinear) -> Array:
     return np.ascontiguousarray(np.broadcast_to(scale_grid(layer)[:, 0] * layer.input_scale.astype(np.float32), (out,)))
 
 
+def comes_back(layer: QuantizedLinear) -> bool:
+    """Whether the weights' scale is what its product with the inputs' scale, in float32, gives when it is divided by that again.
+
+    Golden Stick stores the product alone. Of half precision scales it holds every bit; of float32 ones it does where they were such
+    quotients.
+    """
+    assert layer.input_scale is not None
+    inputs, scale = layer.input_scale.astype(np.float32), scale_grid(layer)[:, 0]
+    return bool((scale * inputs / inputs == scale).all())
+
+
 def sums(layer: QuantizedLinear, rows: slice = slice(None)) -> Array:
     """[rows] int64: each output's codes added up."""
     return sums_of(layer.codes, rows)

@@ -22,16 +22,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
-from .checkpoint import FLOATS, Checkpoint, IntegralZeros, Location, Unsupported
+from .checkpoint import Checkpoint, Location, Unsupported
 from .errors import UnreadableError
-from .ir import Array, ArrayLike, Extra, QuantArgs, QuantizedLinear, QuantScheme, unknowable
+from .ir import Array, Extra, QuantArgs, QuantizedLinear, QuantScheme, unknowable
 from .laid_out import LaidOut
 from .layouts import PackedMatrix
 from .mindformers_file import INT4
 from .mindspore_safetensors import MindSporeSafetensors, lay_out_mindspore_safetensors
-from .mindspore_static import read_inputs
+from .mindspore_static import read_inputs, read_weights
 from .mindspore_target import NIBBLES
 from .msmodelslim_target import CONTAINER
 from .safetensors_file import SafetensorsFile, nbytes
@@ -103,45 +102,29 @@ class GoldenStickFolder(Checkpoint):
             raise UnreadableError(f"{name}: weight is {info.dtype} {list(info.shape)}, wanted int8 in two dimensions for {type_}")
         codes = PackedMatrix(NIBBLES if f"{name}.weight" in self._int4 else CONTAINER, self.tensors.tensor(f"{name}.weight"))
         out, in_ = codes.shape
-        scales, groups = self._grid(name, type_, "weight_scale", FLOATS, out)
-        zeros: IntegralZeros | None = None
-        if f"{name}.weight_offset" in self.tensors:
-            stored, also = self._grid(name, type_, "weight_offset", ("I32",), out)
-            if also != groups:
-                raise UnreadableError(f"{name}: weight_offset has {also} groups, weight_scale {groups}; they must agree")
-            zeros = IntegralZeros(f"{name}.weight_offset", stored, -(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-        if in_ % groups:
-            raise UnreadableError(f"{name}: {groups} groups do not divide {in_} inputs")
-        whole = len(self.tensors[f"{name}.weight_scale"].shape) == 1
-        weights = QuantArgs(bits, "int", zeros is None, "channel" if whole else "group", None if whole else in_ // groups)
+        self._insist(name, type_, "weight_scale")
+        zero = "weight_offset" if f"{name}.weight_offset" in self.tensors else ""
+        weights, scales, zeros = read_weights(self.tensors, name, "weight_scale", zero, (out, in_), bits, negated=False)
         inputs = (
             None
             if kind is None
             else QuantArgs(8, "int", kind == "dynamic", "token" if kind == "dynamic" else "tensor", dynamic=kind == "dynamic")
         )
-        scale, zero, extras = self._inputs(name, type_, in_, out) if kind == "static" else (None, None, {})
+        scale, offset, extras = self._inputs(name, type_, in_, out) if kind == "static" else (None, None, {})
         layer = QuantizedLinear(
             name, codes.shape, QuantScheme(weights, inputs), codes, scales, zeros, bias=self.bias(name), input_scale=scale,
-            input_zero_point=zero, extras=extras,
+            input_zero_point=offset, extras=extras,
         )  # fmt: skip
         layer.check()
         return layer
 
-    def _grid(self, name: str, type_: str, part: str, dtypes: tuple[str, ...], out: int) -> tuple[ArrayLike, int]:
-        """Scales or offsets [out] or, as they are stored [groups, out], [out, groups]; and how many groups there are."""
-        info = self.tensors.get(f"{name}.{part}")
-        if info is None:
+    def _insist(self, name: str, type_: str, part: str) -> None:
+        if f"{name}.{part}" not in self.tensors:
             raise UnreadableError(f"{name}: has no tensor {part!r}, which {type_} needs; the checkpoint is incomplete")
-        if info.dtype not in dtypes or len(info.shape) not in {1, 2} or info.shape[-1] != out or 0 in info.shape:
-            wanted = f"{' or '.join(dtypes)} [{out}] or [groups, {out}]"
-            raise UnreadableError(f"{name}: {part} is {info.dtype} {list(info.shape)}, wanted {wanted}")
-        stored: Any = self.tensors.tensor(f"{name}.{part}")
-        return (stored, 1) if len(info.shape) == 1 else (stored.T, info.shape[0])
 
     def _inputs(self, name: str, type_: str, in_: int, out: int) -> tuple[Array, Array, dict[str, Extra]]:
         for part in ("input_scale", "input_offset"):
-            if f"{name}.{part}" not in self.tensors:
-                raise UnreadableError(f"{name}: has no tensor {part!r}, which {type_} needs; the checkpoint is incomplete")
+            self._insist(name, type_, part)
         scale, zero, smooth = read_inputs(self.tensors, f"{name}.input_scale", f"{name}.input_offset", in_)
         if smooth is not None:
             raise unknowable(name, "a W8A8 layer with a scale for each input", "how they and weight_scale make deq_scale is not said")

@@ -60,7 +60,7 @@ import numpy as np
 
 from . import golden_stick_folder
 from . import mindspore_target as target
-from .checkpoint import FLOATS, Checkpoint, Finding, IntegralZeros, LeftOut, Location, Unsupported
+from .checkpoint import FLOATS, Checkpoint, Finding, LeftOut, Location, Unsupported
 from .errors import RanksRefusedError, UnreadableError
 from .golden_stick_folder import GoldenStickFolder
 from .gptq_config import has_bias
@@ -69,7 +69,7 @@ from .laid_out import LaidOut
 from .layouts import PackedMatrix
 from .mindformers_file import CACHE, INT4, MindFormersFile
 from .mindspore_ranks import RankedFile, read_strategy
-from .mindspore_static import DecodedScale, TakenApart, read_inputs
+from .mindspore_static import DecodedScale, TakenApart, read_inputs, read_weights
 from .mindspore_target import NIBBLES, SPELLINGS, Spelling
 from .mindspore_yaml import read_quantization
 from .msmodelslim_target import CONTAINER
@@ -235,18 +235,9 @@ class GoldenStick(Checkpoint):
         bias = self._float(name, spelling.bias, (out,))
         if spelling.dequant:
             return self._static(name, spelling, codes, bias)
-        scales, groups = self._grid(name, spelling.scale, FLOATS, out)
-        zeros: IntegralZeros | None = None
-        bits = codes.layout.bits
-        if spelling.zero:
-            stored, also = self._grid(name, spelling.zero, FLOATS, out)
-            if also != groups:
-                raise UnreadableError(f"{name}: {spelling.zero} has {also} groups, {spelling.scale} {groups}; they must agree")
-            zeros = IntegralZeros(f"{name}.{spelling.zero}", stored, -(1 << (bits - 1)), (1 << (bits - 1)), negated=True)
-        if in_ % groups:
-            raise UnreadableError(f"{name}: {groups} groups do not divide {in_} inputs")
-        whole = len(self.tensors[f"{name}.{spelling.scale}"].shape) == 1
-        weights = QuantArgs(bits, "int", zeros is None, "channel" if whole else "group", None if whole else in_ // groups)
+        weights, scales, zeros = read_weights(
+            self.tensors, name, spelling.scale, spelling.zero, (out, in_), codes.layout.bits, negated=True
+        )
         inputs = QuantArgs(8, strategy="token", dynamic=True) if spelling.dynamic else None
         layer = QuantizedLinear(name, codes.shape, QuantScheme(weights, inputs), codes, scales, zeros, bias=bias, input_smooth=smooth)
         layer.check()
@@ -258,15 +249,6 @@ class GoldenStick(Checkpoint):
         if info.dtype != "I8":
             raise UnreadableError(f"{tensor}: is {info.dtype}, wanted Int8 or Int4 codes")
         return PackedMatrix(NIBBLES if tensor in self._int4 else CONTAINER, self.tensors.tensor(tensor))
-
-    def _grid(self, name: str, leaf: str, dtypes: tuple[str, ...], out: int) -> tuple[ArrayLike, int]:
-        """Scales or zero points [out] or, as they are stored [groups, out], [out, groups]; and how many groups there are."""
-        info = self.tensors[f"{name}.{leaf}"]
-        if info.dtype not in dtypes or len(info.shape) not in {1, 2} or info.shape[-1] != out or 0 in info.shape:
-            wanted = f"{' or '.join(dtypes)} [{out}] or [groups, {out}]"
-            raise UnreadableError(f"{name}: {leaf} is {info.dtype} {list(info.shape)}, wanted {wanted}")
-        stored: Any = self.tensors.tensor(f"{name}.{leaf}")
-        return (stored, 1) if len(info.shape) == 1 else (stored.T, info.shape[0])
 
     def _float(self, name: str, leaf: str, shape: tuple[int, ...]) -> ArrayLike | None:
         """A float tensor of a layer, unread; None if it is not there."""

@@ -1,7 +1,7 @@
-"""Layers of Golden Stick whose inputs have a scale in the file: what the file says of them, and what it only says together.
+"""What a layer of Golden Stick says of its weights' grid and of its inputs, and what it only says together.
 
-There is no scale of the weights, but its product with the inputs' scale; an input scale for each input holds the smoothing too; and
-0.6.0 merges what the inputs' zero point makes into the bias. ``mindspore`` has the table.
+Where inputs have a scale in the file there is none of the weights, but its product with the inputs' scale; an input scale for each input
+holds the smoothing too; and 0.6.0 merges what the inputs' zero point makes into the bias. ``mindspore`` has the table.
 """
 
 from __future__ import annotations
@@ -12,11 +12,45 @@ from typing import Any
 import numpy as np
 
 from . import derived
-from .checkpoint import FLOATS
+from .checkpoint import FLOATS, IntegralZeros
 from .errors import UnreadableError
-from .ir import Array, ArrayLike, read
+from .ir import Array, ArrayLike, QuantArgs, read
 from .safetensors_file import TensorSet
 from .workspace import Workspace
+
+
+def read_grid(tensors: TensorSet, module: str, leaf: str, dtypes: tuple[str, ...], out: int) -> tuple[ArrayLike, int]:
+    """Scales or zero points [out] or, as they are stored [groups, out], [out, groups]; and how many groups there are."""
+    info = tensors[f"{module}.{leaf}"]
+    if info.dtype not in dtypes or len(info.shape) not in {1, 2} or info.shape[-1] != out or 0 in info.shape:
+        wanted = f"{' or '.join(dtypes)} [{out}] or [groups, {out}]"
+        raise UnreadableError(f"{module}: {leaf} is {info.dtype} {list(info.shape)}, wanted {wanted}")
+    stored: Any = tensors.tensor(f"{module}.{leaf}")
+    return (stored, 1) if len(info.shape) == 1 else (stored.T, info.shape[0])
+
+
+def read_weights(
+    tensors: TensorSet, module: str, scale: str, zero: str, shape: tuple[int, int], bits: int, *, negated: bool
+) -> tuple[QuantArgs, ArrayLike, IntegralZeros | None]:
+    """(scheme, scales, zero points) of weights [out, in], from the tensors ``scale`` and ``zero`` of a module; zero "" for none.
+
+    negated  zero points are floats that are added; else int32 that are taken off
+    raises   UnreadableError
+    """
+    out, in_ = shape
+    scales, groups = read_grid(tensors, module, scale, FLOATS, out)
+    zeros = None
+    if zero:
+        half = 1 << (bits - 1)
+        stored, also = read_grid(tensors, module, zero, FLOATS if negated else ("I32",), out)
+        if also != groups:
+            raise UnreadableError(f"{module}: {zero} has {also} groups, {scale} {groups}; they must agree")
+        zeros = IntegralZeros(f"{module}.{zero}", stored, -half, half if negated else half - 1, negated=negated)
+    if in_ % groups:
+        raise UnreadableError(f"{module}: {groups} groups do not divide {in_} inputs")
+    whole = len(tensors[f"{module}.{scale}"].shape) == 1
+    args = QuantArgs(bits, "int", zeros is None, "channel" if whole else "group", None if whole else in_ // groups)
+    return args, scales, zeros
 
 
 def read_inputs(tensors: TensorSet, scale_name: str, zero_name: str, in_: int) -> tuple[Array, Array, Array | None]:

@@ -22,7 +22,7 @@ from .mindformers_names import LLAMA, names_for
 from .mindspore_yaml import document, missing_key
 from .msmodelslim_target import CONTAINER
 from .safetensors_file import NAMES
-from .spec import Capabilities, InputKind, LayerTarget, ModelFacts, Objection, TensorSpec, Variant
+from .spec import FLOAT_WEIGHTS, Capabilities, InputKind, LayerTarget, ModelFacts, Objection, TensorSpec, Variant
 
 NIBBLES = PackLayout(bits=4, word="i1", axis="out", transposed=True, low=-8)
 """Int4: [in, out / 2], the even output in the low nibble, two's complement."""
@@ -195,7 +195,7 @@ def objection(layer: LayerTarget, variant: str) -> Objection | None:
     if kind is not None and not weights.symmetric:
         return Objection("zero-point", "zero points of weights beside quantized inputs", "is symmetric there", "convert to dense")
     smoothed = "smoothed_input_scale" in dict(layer.derived)
-    if variant != "hf" and kind == "static" and layer.scale_dtype == "F32" and not (smoothed or layer.kept_product):
+    if variant != "hf" and kind == "static" and layer.scale_dtype == "F32" and not (smoothed or layer.product_divides):
         hint = "pass --allow activations-dropped, which leaves inputs in float"
         offers = "stores their product alone, from which it does not come back"
         return Objection("type", "a float32 scale beside the inputs' own", offers, hint)
@@ -290,17 +290,7 @@ VARIANTS = (
     Variant(
         "float",
         "float weights",
-        Capabilities(
-            elements=("int", "e4m3", "e5m2", "e2m1", "nf4"),
-            bits=(2, 3, 4, 5, 6, 7, 8),
-            strategies=("tensor", "channel", "group", "block"),
-            act_order=("group", "static"),
-            scale_dtypes=("F16", "BF16", "F32"),
-            mixed_groups=True,
-            lm_head=True,
-            dequantized=True,
-            fused_alike=False,
-        ),
+        FLOAT_WEIGHTS,
         "MindFormers 1.3.2 to 1.6",
     ),
     Variant(

@@ -179,7 +179,7 @@ def quantization(model: ModelFacts, variant: str) -> dict[str, Any]:
         "activation_dtype": "None" if kind is None else "int8",
         "kvcache_dtype": "int8" if model.attention else "None",
         "outliers_suppression": "None" if not smoothed else "awq" if kind is None else "smooth",
-        "modules_to_not_convert": ["lm_head", *_float_cells(model)],
+        "modules_to_not_convert": ["lm_head", *(_float_cells(model) if model.layers else ())],
         "algorithm_args": {},
     }
     if weights is not None and weights.strategy == "group":

@@ -61,7 +61,7 @@ class LayerTarget:
     derived       tensors that follow from the law and are written beside it, by leaf name, with their dtypes
     scalars       parts ("scales", "zero_points") whose one number for the whole tensor has no dimensions, as in the source
     smooth_dtype  of a scale that multiplies the inputs, None without one
-    kept_product  the source holds the product of weights' and inputs' scales
+    product_divides  the weights' scale comes back from its product with the inputs', if that is all that is stored
     """
 
     name: str
@@ -74,7 +74,7 @@ class LayerTarget:
     derived: tuple[tuple[str, str], ...] = ()
     scalars: tuple[Part, ...] = ()
     smooth_dtype: str | None = None
-    kept_product: bool = False
+    product_divides: bool = False
 
     @property
     def group_size(self) -> int:
@@ -169,6 +169,20 @@ class Capabilities:
     dequantized: bool = False
     fused_alike: bool = True
     for_engine: bool = False
+
+
+FLOAT_WEIGHTS = Capabilities(
+    elements=("int", "e4m3", "e5m2", "e2m1", "nf4"),
+    bits=(2, 3, 4, 5, 6, 7, 8),
+    strategies=("tensor", "channel", "group", "block"),
+    act_order=("group", "static"),
+    scale_dtypes=("F16", "BF16", "F32"),
+    mixed_groups=True,
+    lm_head=True,
+    dequantized=True,
+    fused_alike=False,
+)
+"""What a format of float weights holds: whatever can be dequantized."""
 
 
 @dataclass(frozen=True, slots=True)

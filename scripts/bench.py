@@ -108,10 +108,7 @@ def bench_mindspore(folder: Path, layers: int, runs: int) -> list[list[str]]:
     """A .ckpt file written again, against a copy of it and against MindSpore's own load, where ``make oracles`` installed that."""
     from noxfile import cache_folder
 
-    source, place = folder / "w8a16", folder / "ckpt"
-    synthetic.write(source, layers)
-    subprocess.run([*TOOL, "convert", str(source), str(place), "--to", "mindspore", "--no-proof"], check=True, stdout=subprocess.DEVNULL)
-    shutil.rmtree(source)
+    place = _converted(folder, layers, "mindspore")
     python = cache_folder() / "oracles" / "mindspore" / "bin" / "python"
     (file,) = (place / "rank_0").iterdir()
     code = "import os, sys; import mindspore; mindspore.load_checkpoint(sys.argv[1]); os.mkdir(sys.argv[2])"
@@ -119,6 +116,24 @@ def bench_mindspore(folder: Path, layers: int, runs: int) -> list[list[str]]:
     table = against_copy(folder / "out", place / "rank_0", [(place / "rank_0", "mindspore")], runs, load)
     shutil.rmtree(place)
     return table
+
+
+def bench_to_mindspore(folder: Path, layers: int, runs: int) -> list[list[str]]:
+    """AWQ to MindSpore's .ckpt, whole and in two ranks, against a copy of it."""
+    place, out = _converted(folder, layers, "awq"), folder / "out"
+    ranks = {"convert to mindspore --tp 2, proved": [*TOOL, "convert", str(place), str(out), "--to", "mindspore", "--tp", "2"]}
+    table = against_copy(out, place, [(place, "mindspore")], runs, ranks)
+    shutil.rmtree(place)
+    return table
+
+
+def _converted(folder: Path, layers: int, to: str) -> Path:
+    """The synthetic weights in another format."""
+    source, place = folder / "source", folder / to
+    synthetic.write(source, layers)
+    subprocess.run([*TOOL, "convert", str(source), str(place), "--to", to, "--no-proof"], check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(source)
+    return place
 
 
 def _others(origin: str, source: Path, target: Path) -> dict[str, list[str]]:
@@ -264,7 +279,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where to write; default: a folder beside the current one")
     parser.add_argument("--hub", action="store_true", help="also convert between awq, gptq and back to msModelSlim")
-    parser.add_argument("--mindspore", action="store_true", help="only write a .ckpt file of as many layers again (0.12 GB each)")
+    parser.add_argument(
+        "--mindspore",
+        action="store_true",
+        help="only MindSpore: as many layers (0.12 GB each) rewritten, and from AWQ",
+    )
     parser.add_argument("--plan", action="store_true", help="also plan 190,000 tensors")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder or Path.cwd()) as name:
@@ -275,6 +294,8 @@ def main() -> None:
         if options.mindspore:
             title = f"A .ckpt file of {options.layers} layers of Qwen2-7B's shapes, 4 bits per group of 128, written again"
             show(f"{title}; {options.runs} runs", columns, bench_mindspore(folder, options.layers, options.runs))
+            title = f"The same weights as AutoAWQ's gemm, to MindSpore; {options.runs} runs"
+            show(title, columns, bench_to_mindspore(folder, options.layers, options.runs))
             return
         show(f"{size}; {options.runs} runs", columns, bench(folder, options.layers, options.runs))
         if options.hub:

@@ -7,7 +7,8 @@ from pathlib import Path
 import edge_table
 import pytest
 
-from convert import convert, verify
+from convert import convert, fingerprint, verify
+from formats import open_checkpoint
 from formats.errors import RefusedError
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +22,23 @@ def test_the_table_is_read_as_it_is_written() -> None:
 
 def test_the_table_has_every_scheme() -> None:
     assert list(TABLE) == [section.name for section in edge_table.SECTIONS]
+
+
+GOLDEN_STICK = next(section for section in edge_table.SECTIONS if section.name.startswith("As Golden Stick"))
+FORMATS = ("msmodelslim:ascendv1", "awq:gemm", "awq:gemv_fast", "gptq:v1", "gptq:v2", "compressed-tensors:compressed")
+
+
+@pytest.mark.parametrize("golden", GOLDEN_STICK.places)  # type: ignore[union-attr]
+def test_what_golden_stick_wrote_comes_back_from_every_format_that_holds_it(golden: str, tmp_path: Path) -> None:
+    source, cells = GOLDEN_STICK.places[golden], TABLE[GOLDEN_STICK.name][golden]  # type: ignore[union-attr]
+    own, digest = open_checkpoint(source), fingerprint(source).digest
+    held = [target for target in cells if cells[target].startswith("exact") and (target in FORMATS or target.startswith("mindspore"))]
+    assert held
+    for target in held:
+        there, back = tmp_path / target.replace(":", "."), tmp_path / f"{target} and back".replace(":", ".")
+        convert(source, there, target)
+        convert(there, back, f"mindspore:{own.variant}", scale_dtype="keep")
+        assert fingerprint(there).digest == fingerprint(back).digest == digest, target
 
 
 @pytest.mark.parametrize("scheme", edge_table.SECTIONS, ids=lambda section: section.name)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from checkpoints import FIXTURES
+from checkpoints import FIXTURES, change_tensors
 from places import fails, succeeds
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -661,7 +661,6 @@ def test_qwen3_goes_over_and_back(tmp_path: Path) -> None:
 
 REFUSED: Mapping[str, tuple[str, str, str, str]] = {
     "a bias that would be merged": ("msmodelslim_w8/w8a8_static_bf16", "mindspore:gs0.6", "type", "a bias beside static inputs"),
-    "a scale that is float32": ("msmodelslim_w8/v1_w8a8_static", "mindspore:gs1.2", "type", "a float32 scale beside the inputs' own"),
     "4 bits with quantized inputs": (
         "msmodelslim_w8/w4a8_dynamic_ascendv1_g128_bf16",
         "mindspore",
@@ -714,3 +713,53 @@ def test_a_static_product_is_made_of_the_scales_not_of_msmodelslims_rounded_one(
     np.testing.assert_array_equal(stored, f32(layer.grid("scales"))[:, 0] * f32(layer.input_scale))
     zero, codes = int(raw.array(f"{cell}.quant_op.input_zp")[0]), raw.array(f"{cell}._layer.weight").astype(np.int64)
     np.testing.assert_array_equal(raw.array(f"{cell}._layer.matmul.quant_bias"), -zero * codes.sum(1))
+
+
+def test_a_float32_scale_comes_back_from_its_product_where_it_was_a_quotient() -> None:
+    """Of Golden Stick's static layers only the product is stored: what is read from one can be written again, by way of any format."""
+    from formats.derived import comes_back
+    from formats.ir import QuantArgs, QuantizedLinear, QuantScheme
+
+    rng, scheme = np.random.default_rng(3), QuantScheme(QuantArgs(8), QuantArgs(8, strategy="tensor"))
+
+    def layer(scales: Array, inputs: Array) -> QuantizedLinear:
+        return QuantizedLinear("l", (len(scales), 4), scheme, np.zeros((len(scales), 4), np.int8), scales, input_scale=inputs)
+
+    products = rng.uniform(1e-6, 1e-2, 5000).astype(np.float32)
+    for inputs in rng.uniform(1e-3, 1, (20, 1)).astype(np.float32):
+        assert comes_back(layer(products / inputs, inputs))
+    assert not comes_back(layer(rng.uniform(1e-6, 1e-2, 5000).astype(np.float32), np.array([0.0371], np.float32)))
+    assert comes_back(layer(products.astype(np.float16), np.array([0.0371], np.float16)))  # 22 bits, which float32 holds
+
+
+def test_a_float32_scale_that_does_not_come_back_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    convert(GOLDENS / "ptq_a8w8_gs120.ckpt", source, "msmodelslim:safe_tensor", scale_dtype="keep")
+    assert convert(source, tmp_path / "out", "mindspore:gs1.2").exact  # these were quotients
+
+    def random_scales(tensors: dict[str, Array]) -> None:
+        rng = np.random.default_rng(0)
+        for name, array in tensors.items():
+            if name.endswith("weight_scale"):
+                array[...] = rng.uniform(1e-4, 1e-2, array.shape)
+
+    (weights,) = source.glob("*.safetensors")
+    change_tensors(weights, random_scales)
+    refusals = plan(source, "mindspore:gs1.2").refusals
+    assert {refusal.code for refusal in refusals} == {"type"}
+    assert "a float32 scale beside the inputs' own" in str(refusals[0])
+
+
+def test_a_quantized_cache_of_a_float_model_is_carried_to_its_own_version(tmp_path: Path) -> None:
+    """Without quantized weights: written as the version that it is of, byte for byte; to others it is a loss that must be allowed."""
+    for golden, target in (("ptq_c8_gs060", "mindspore:gs0.6"), ("ptq_c8_gs120_f16", "mindspore:gs1.2")):
+        source = GOLDENS / f"{golden}.ckpt"
+        result = convert(source, tmp_path / golden, "mindspore", base_model=GOLDENS)
+        assert result.plan.target_name == target
+        (path,) = (tmp_path / golden / "rank_0").iterdir()
+        assert path.read_bytes() == source.read_bytes()
+        (document,) = (tmp_path / golden).glob("predict_*.yaml")
+        said = read_quantization(document)
+        assert said is not None
+        assert (said["weight_dtype"], said["kvcache_dtype"]) == ("None", "int8")
+        assert "--allow kv-cache-dropped" in fails(3, "convert", source, tmp_path / "out", "--to", "dense")
