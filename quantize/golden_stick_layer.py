@@ -27,12 +27,20 @@ from .golden_stick_gptq import MeanHessian, round_gptq
 from .golden_stick_search import Sampled, best_scale, clip_limits, clipped
 from .stage import MORE_SAMPLES, UNREACHED, forward, set_module, watching
 
-__all__ = ["MadeLinear", "quantize_layer"]
+__all__ = ["MadeLayer", "MadeLinear", "quantize_layer", "siblings"]
 
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that networks with qkv_concat have as one."""
 SKIPPED_BY_CLIPS = ("q_proj", "k_proj")
 """Linears whose weights are not clipped: rotary embeddings would multiply the error."""
 
 Made = Callable[[int, Any], None]
+
+
+def siblings(name: str) -> list[str]:
+    """Whole names of the linears that networks with qkv_concat have as one with ``name``, itself among them."""
+    parent, _, leaf = name.rpartition(".")
+    return [f"{parent}.{part}" for part in next((parts for parts in TOGETHER if leaf in parts), (leaf,))]
 
 
 @dataclass(frozen=True)
@@ -104,15 +112,17 @@ def quantize_layer(
     made: Made,
     approach: str = "ptq",
     cache: bool = False,
+    qkv_concat: bool = False,
 ) -> MadeLayer:
     """Quantize the linears of ``model``, which is a stage with one decoder layer, in place; by name of those in ``policies``.
 
     samples   what the stage is called with; made: is given (a sample's number, what the stage made of it)
     cache     keys and values are observed too
+    qkv_concat   q, k and v are one linear to Golden Stick, and gate and up, and are smoothed together
 
     :raises UnreadableError: values that are not finite, a linear that no sample reaches
     """
-    layer = _Layer(model, policies, samples, made)
+    layer = _Layer(model, policies, samples, made, qkv_concat)
     for name in policies:
         if not bool(torch.isfinite(layer.linear(name).weight).all()):
             raise UnreadableError(f"{name}: its weight has NaN or infinite values")
@@ -125,8 +135,10 @@ def quantize_layer(
 
 
 class _Layer:
-    def __init__(self, model: nn.Module, policies: Mapping[str, Policy], samples: Sequence[dict[str, Tensor]], made: Made) -> None:
-        self.model, self.policies, self.samples, self.made = model, policies, samples, made
+    def __init__(
+        self, model: nn.Module, policies: Mapping[str, Policy], samples: Sequence[dict[str, Tensor]], made: Made, fused: bool
+    ) -> None:
+        self.model, self.policies, self.samples, self.made, self.fused = model, policies, samples, made, fused
         self.smooths: dict[str, Tensor] = {}
 
     def linear(self, name: str) -> Any:
@@ -137,6 +149,11 @@ class _Layer:
     def chosen(self, of: str) -> list[str]:
         """Linears with that suppression or recovery."""
         return [name for name, policy in self.policies.items() if of in {policy.outliers_suppression, policy.precision_recovery}]
+
+    def columns(self, name: str) -> Tensor:
+        """The largest magnitude of each column of a linear's weight, and of those that are one with it: [in]."""
+        names = [one for one in siblings(name) if one in self.policies] if self.fused else [name]
+        return torch.stack([self.linear(one).weight.detach().abs().amax(0) for one in names]).amax(0)
 
     def run(self, *seen: Mapping[str, Any], recorder: Any = None) -> None:
         """Run the layer on every sample; what is in ``seen`` by a linear's name is given that linear's inputs, by ``add``."""
@@ -170,8 +187,7 @@ class _Layer:
         for name, policy in self.policies.items():
             linear = self.linear(name)
             low, high = (ends.float() for ends in seen[name].checked(name))
-            weight = linear.weight.detach()
-            columns = weight.float().abs().amax(0)
+            weight, columns = linear.weight.detach(), self.columns(name).float()
             smooth = smoothing_scale(torch.maximum(low.abs(), high.abs()), columns, policy.argument("alpha"))
             rounded, smoothed = arithmetic.round_smooth_quant(weight, smooth)
             scale, zero = arithmetic.smooth_quant_range(low, high, smooth)
@@ -186,11 +202,13 @@ class _Layer:
         if not seen:
             return
         self.run(seen)
+        scales: dict[str, Tensor] = {}
         for name, one in seen.items():
             low, high = one.checked(name)
-            weight = self.linear(name).weight.detach()
-            largest = torch.maximum(low.abs(), high.abs()).to(weight.dtype)
-            scale = smoothing_scale(largest, weight.abs().amax(0), self.policies[name].argument("alpha"))
+            columns = self.columns(name)
+            largest = torch.maximum(low.abs(), high.abs()).to(columns.dtype)
+            scales[name] = smoothing_scale(largest, columns, self.policies[name].argument("alpha"))
+        for name, scale in scales.items():
             self.put(name, scale, stored_smoothing(scale))
 
     def search(self) -> None:

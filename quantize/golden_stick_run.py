@@ -35,7 +35,7 @@ from .devices import resolve
 from .golden_stick import RoundedWeight
 from .golden_stick_config import GoldenStick, Policy, names_of_linear
 from .golden_stick_data import calibration_samples
-from .golden_stick_layer import MadeLayer, MadeLinear, quantize_layer
+from .golden_stick_layer import MadeLayer, MadeLinear, quantize_layer, siblings
 from .golden_stick_tensors import cache_of, laid_out
 from .outputs import check_new
 from .progress import LayerFigures, Report
@@ -89,6 +89,8 @@ def quantize_golden_stick(
         check_plot(plot)
     if calib is None and settings.needs_data:
         raise UsageError(f"recipe {recipe.name}: needs calibration data; pass --calib FILE.jsonl, a text a line")
+    if qkv_concat and any(policy.outliers_suppression == "awq" for policy in settings.policies):
+        raise RefusedError("qkv_concat: AWQ searches a scale for q, k and v each here, which a fused linear cannot hold; leave them apart")
     place = resolve(device)
     base = model if isinstance(model, Location) else Location.of(model)
     source = _source(base)
@@ -106,9 +108,10 @@ def quantize_golden_stick(
 
     clock = Clock()
     data = calibration_samples(calib, base, recipe, samples, tokenizer)
-    run = _Run(blocks, policies, settings, data, spelled, place, progress)
+    run = _Run(blocks, policies, settings, data, spelled, place, qkv_concat, progress)
     with workshop(Path(out), "quantize") as stage:
-        work = Work(stage, what_of(source, recipe, device, spelled=spelled, samples=digest_of(data)), "")
+        said = {"spelled": spelled, "qkv_concat": qkv_concat, "samples": digest_of(data)}
+        work = Work(stage, what_of(source, recipe, device, **said), "")
         if resume and not work.layers:
             raise DestinationError(f"{out}: --resume: no interrupted run left its work beside it; run the command without it")
         resumed = len(work.layers)
@@ -160,10 +163,11 @@ class _Run:
         samples: Sequence[Sample],
         spelled: str,
         device: torch.device,
+        qkv_concat: bool,
         progress: Report | None,
     ) -> None:
         self.blocks, self.policies, self.settings, self.samples = blocks, policies, settings, samples
-        self.spelled, self.device, self.progress = spelled, device, progress
+        self.spelled, self.device, self.qkv_concat, self.progress = spelled, device, qkv_concat, progress
 
     def layers(self, work: Work) -> None:
         """Make those that are missing."""
@@ -188,7 +192,8 @@ class _Run:
     def _layer(self, model: nn.Module, index: int, stream: Stream) -> MadeLayer:
         prefix = f"{self.blocks.names[index]}."
         policies = {name: policy for name, policy in self.policies.items() if name.startswith(prefix)}
-        return quantize_layer(model, policies, stream.inputs, stream.made, self.settings.approach, self.settings.kv_bit == 8)
+        cache = self.settings.kv_bit == 8
+        return quantize_layer(model, policies, stream.inputs, stream.made, self.settings.approach, cache, self.qkv_concat)
 
     def _keep(self, work: Work, index: int, made: MadeLayer, figures: list[LayerFigures], stream: Stream) -> None:
         tensors, packed = self.tensors(index, made)
@@ -230,13 +235,13 @@ def _source(base: Location) -> Checkpoint:
 
 
 def _trial(blocks: Blocks, policies: Mapping[str, Policy], settings: GoldenStick, spelled: str) -> Checkpoint:
-    """One linear of each shape and policy, quantized, in memory: enough to ask the target before hours of work."""
+    """One linear of each shape and policy, and what may be fused with it, quantized, in memory: to ask the target before hours of work."""
     kinds: dict[str, str] = {}
     for name, policy in policies.items():
         kinds.setdefault(f"{policy} {tuple(blocks.linears[name].weight.shape)}", name)
     tensors: dict[str, Tensor] = {}
     packed: list[str] = []
-    for name in kinds.values():
+    for name in dict.fromkeys(one for chosen in kinds.values() for one in siblings(chosen) if one in policies):
         own, int4 = laid_out(name, _stand_in(blocks.linears[name], policies[name], settings, blocks.dtype), settings.approach, spelled)
         tensors |= own
         packed += int4

@@ -23,6 +23,7 @@ from formats.ir import dequantize, read
 from formats.mindspore_file import MindSporeFile
 from quantize.calibration import calibration_data
 from quantize.golden_stick_data import question_texts
+from quantize.golden_stick_run import quantize_golden_stick
 from quantize.models import load_model, load_tokenizer
 from quantize.quant_ckpt import app
 from quantize.recipe import RECIPES, load, loads
@@ -189,6 +190,31 @@ def test_a_cache_alone(version: str, source: Path, seen: dict[str, Any], tmp_pat
     (yaml,) = (tmp_path / "out").glob("predict_*.yaml")
     assert "kvcache_dtype: int8" in yaml.read_text()
     assert "weight_dtype: None" in yaml.read_text()
+
+
+@pytest.mark.parametrize("text", ["gs-smooth-a8w8", "golden_stick: {a_bit: 8, is_dynamic: true, outliers_suppression: smooth}"])
+def test_what_is_one_linear_to_the_tool_is_smoothed_as_one(text: str, source: Path, seen: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load(text) if text.startswith("gs-") else loads(text)
+    quantize_golden_stick(source, tmp_path / "out", recipe, "mindspore", calib=SAMPLES, qkv_concat=True)
+    out = open_checkpoint(tmp_path / "out")
+    (weights,) = (tmp_path / "out" / "rank_0").iterdir()
+    assert "model.layers.0.attention.w_qkv._layer.weight" in MindSporeFile(weights).tensors
+    names = [f"model.layers.1.self_attn.{part}_proj" for part in "qkv"]
+    low, high = seen[names[0]]
+    columns = np.abs(np.concatenate([weight_of(source, name) for name in names]).astype(np.float32)).max(0)
+    wanted = np.sqrt(np.maximum(np.abs(low.float().numpy()), np.abs(high.float().numpy())) / columns)
+    found = [out.layer(name).input_smooth for name in names]
+    assert all(np.array_equal(found[0], other) for other in found)
+    ratio = np.asarray(found[0], np.float32) * wanted  # smooth is 1 / s, but for a factor beside static inputs
+    np.testing.assert_allclose(ratio / ratio[0], 1, rtol=3e-3)
+    for name in names:
+        weight = weight_of(source, name).astype(np.float32)
+        assert np.linalg.norm(dequantize(out.layer(name)) - weight) / np.linalg.norm(weight) < 0.03
+
+
+def test_awq_of_fused_linears_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="qkv_concat: AWQ searches a scale for q, k and v each"):
+        quantize_golden_stick(source, tmp_path / "out", load("gs-awq-a16w4"), "mindspore", calib=SAMPLES, qkv_concat=True)
 
 
 def test_gptq_passes_on_what_the_rounded_layer_makes(source: Path, tmp_path: Path) -> None:
