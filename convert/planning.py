@@ -77,12 +77,6 @@ def _target(to: str, consumer: str | None) -> tuple[FormatSpec, Variant, bool]:
     return spec, variant, named
 
 
-def _name_of(location: Location) -> str:
-    """What to call the model: as its .ckpt file, if that was named, else as its folder."""
-    named = location.file
-    return named.stem if named is not None and named.suffix == ".ckpt" else location.folder.resolve().name
-
-
 @contextlib.contextmanager
 def _no_cyclic_collection() -> Iterator[None]:
     """Headers of 190,000 tensors are a million objects without a cycle: going through them again and again is a third of the time."""
@@ -155,7 +149,7 @@ class Planner:
             self.attention,
             self.checkpoint.said,
             model_config(self.checkpoint, self.base),
-            _name_of(self.checkpoint.location) if self.base is None else self.base.folder.resolve().name,
+            (self.base or self.checkpoint.location).model_name,
             self.settings.qkv_concat,
             self.settings.tp,
         )

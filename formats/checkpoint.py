@@ -78,6 +78,13 @@ class Location:
             raise UnreadableError(f"{where}: cannot be read ({error.strerror or error})") from None
         raise UnreadableError(f"{where}: there is no such file or folder")
 
+    @property
+    def model_name(self) -> str:
+        """What to call the model: as its .ckpt file, if that was named, else as its folder."""
+        if self.file is not None and self.file.suffix == ".ckpt":
+            return self.file.stem
+        return self.folder.resolve().name
+
     def json(self, name: str) -> dict[str, Any] | None:
         """The JSON object in ``name`` beside the weights, or None if there is no such file."""
         return self.read_json(self.folder / name) if name in self.names else None

@@ -79,8 +79,6 @@ from .spec import FormatSpec, LayerTarget, ModelFacts, TensorSpec
 STRATEGY = "ckpt_strategy"
 """Beginning of the names of a parallel run's strategy files."""
 OBSERVERS = "_weight_observer_cell."
-
-
 _KEYS = ("._handler.weight", "._layer.weight")
 
 
@@ -306,7 +304,7 @@ def _module_of(name: str, modules: set[str]) -> str | None:
 
 def detect(location: Location) -> str | None:
     """ "ckpt" if there are .ckpt files, whose names say the variant once they are open; "hf" for a folder of 1.4; else None."""
-    if "quantization_description.json" in location.names:
+    if golden_stick_folder.DESCRIPTION in location.names:
         return "hf"
     named = location.file is not None and location.file.suffix == ".ckpt"
     weights = any(name.endswith((".safetensors", ".bin")) for name in location.names)

@@ -124,12 +124,10 @@ class MindSporeFile:
         self._plain, seams, self._text_bytes = source, Seams(), 0
         try:
             self._read_records(seams)
-        except UnreadableError:  # CBC checks nothing itself
-            if self.encryption in {None, "AES-GCM"} or self.names:
+        except UnreadableError:
+            if self.encryption in {None, "AES-GCM"} or self.names:  # CBC takes any key, and gives other bytes
                 raise
-            raise self._bad(
-                "decrypts to nothing that MindSpore saves; give the key that it was encrypted with"
-            ) from None  # CBC checks none
+            raise self._bad("decrypts to nothing that MindSpore saves; give the key that it was encrypted with") from None
         self.data = SeamlessFile(source, seams) if seams else source
         listing = "".join(f"{name} {info.dtype} {info.shape} {info.begin}\n" for name, info in self.tensors.items())
         digest = xxhash.xxh3_128_hexdigest(f"{listing}{self.metadata} {self.texts} {self.crc}".encode())
