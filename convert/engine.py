@@ -32,8 +32,9 @@ from .proof import Comparison, Fingerprint, Found, compare_tile, join
 from .records import Loss, Plan
 from .requantize import RequantizingWriter
 from .staged import open_staged
-from .staging import Output, Places, Staging, Syncer, staging
+from .staging import Places, Staging, Syncer, staging
 from .tiling import tiles_of
+from .workspace_output import output_of, sizes_of
 from .writing import LayerWriter, PlainWriter, Writer
 
 Kind = Literal["layer", "plain"]
@@ -140,7 +141,8 @@ def run(
     expect_work(plan.codes)
     sources = [plan.checkpoint.location.folder] + ([] if plan.base is None else [plan.base.folder])
     with staging(Path(dst), plan.target_bytes, sources, overwrite) as stage:
-        resumed = stage.begin(_what(plan, proof), {file.name: file.size for file in plan.files})
+        sizes = {name: size for file in plan.files for name, size in sizes_of(file).items()}
+        resumed = stage.begin(_what(plan, proof), sizes)
         with ThreadPoolExecutor(plan.memory.jobs) as pool:
             engine = _Engine(plan, stage, pool, proof, progress or (lambda done: None))
             try:
@@ -193,7 +195,7 @@ class _Engine:
         self.plan, self.stage, self.pool, self.progress = plan, stage, pool, progress
         self.left, self.right = Fingerprint(), Fingerprint()
         self.rounded: list[Comparison] = []
-        self.outputs = [Output(stage.model, file) for file in plan.files]
+        self.outputs = [output_of(stage.model, file) for file in plan.files]
         for output in self.outputs:
             output.make()
         self.layers = {layer.target.name: layer for layer in plan.layers}

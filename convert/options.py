@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from formats.errors import UsageError
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
+from formats.turbomind_config import check_model_name
 
 from .memory import DEFAULT_MEMORY
 from .records import LOSSES
@@ -35,6 +36,8 @@ class Options(TypedDict, total=False):
                    it requires and would not find is refused
     description    msModelSlim: the description JSON, if it is not beside the weights
     qkv_concat     mindspore only: store q, k and v as one, and gate and up
+    tp             turbomind only: ranks of tensor parallelism that the weights are split for
+    model_name     turbomind only: the chat template that LMDeploy will use, by its name; None: one for the model's type
     max_shard_size bytes of tensor data per output file; jobs: worker threads (None: the CPUs that may be used)
     max_memory     bytes of anonymous memory that the conversion may use over the bare interpreter; fewer workers run if it is little
     """
@@ -48,6 +51,8 @@ class Options(TypedDict, total=False):
     consumer: str | None
     description: str | os.PathLike[str] | None
     qkv_concat: bool
+    tp: int
+    model_name: str | None
     max_shard_size: int
     jobs: int | None
     max_memory: int
@@ -66,6 +71,8 @@ class Settings:
     consumer: str | None = None
     description: str | os.PathLike[str] | None = None
     qkv_concat: bool = False
+    tp: int = 1
+    model_name: str | None = None
     max_shard_size: int = DEFAULT_SHARD_BYTES
     jobs: int | None = None
     max_memory: int = DEFAULT_MEMORY
@@ -81,6 +88,8 @@ class Settings:
             raise UsageError(f"--serve-dtype {self.serve_dtype}: wanted float16 or bfloat16")
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"--jobs {self.jobs}: wanted 1 or more")
+        if self.tp < 1:
+            raise UsageError(f"--tp {self.tp}: wanted 1 or more")
         if self.max_shard_size < 1:
             raise UsageError(f"--max-shard-size {self.max_shard_size}: wanted a positive number of bytes")
 
@@ -90,6 +99,10 @@ class Settings:
             raise UsageError(f"--serve-dtype {self.serve_dtype}: wanted float16 or bfloat16, with --to msmodelslim")
         if self.qkv_concat and format != "mindspore":
             raise UsageError("--qkv-concat: says something to --to mindspore only")
+        if (self.tp != 1 or self.model_name is not None) and format != "turbomind":
+            raise UsageError(f"{'--tp' if self.tp != 1 else '--model-name'}: says something to --to turbomind only")
+        if self.model_name is not None:
+            check_model_name(self.model_name)
 
     @property
     def workers(self) -> int:

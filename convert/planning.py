@@ -54,6 +54,7 @@ def plan(src: str | os.PathLike[str], to: str, *, probe: bool = True, **options:
         raise UnreadableError(f"{base.folder.name}: --base-model has no config.json; point at the float model's folder")
     with _no_cyclic_collection():
         checkpoint = open_checkpoint(Location.of(src, settings.description, base, zeros_reading(settings.gptq_zeros)))
+        base = base or checkpoint.sidecars
         found = Planner(checkpoint, spec, variant, named, settings, base).plan(probe)
     if settings.consumer is not None and not found.refusals:
         from .checking import unmet_by
@@ -153,6 +154,9 @@ class Planner:
             model_config(self.checkpoint, self.base),
             _name_of(self.checkpoint.location) if self.base is None else self.base.folder.resolve().name,
             self.settings.qkv_concat,
+            self.checkpoint.tensors,
+            self.settings.tp,
+            self.settings.model_name or "",
         )
         files = [] if self.ledger.refusals else self._lay_out(by_name, model)
         self.notes += notes_of(self.checkpoint, self.spec, self.variant, self.base, model, self.ledger)
@@ -162,6 +166,7 @@ class Planner:
             "scale_dtype": self.settings.scale_dtype or "default",
             "serve_dtype": self.settings.serve_dtype or "default",
             **({"qkv_concat": True} if self.settings.qkv_concat else {}),
+            **({"tp": self.settings.tp, "model_name": self.settings.model_name} if self.spec.name == "turbomind" else {}),
             "max_shard_size": self.settings.max_shard_size,
         }
         outputs = sum(len(file.tensors) for file in files)
@@ -194,9 +199,16 @@ class Planner:
             self._refuse_functional(tensor)
         for tensor in self.checkpoint.attention:
             if tensor not in self.attention:
-                cache = ".kv_cache_" in tensor or ".paged_attention_mgr." in tensor or tensor.endswith(("k_scale", "v_scale"))
+                cache = (
+                    ".kv_cache_" in tensor
+                    or ".past_kv_scale." in tensor
+                    or ".paged_attention_mgr." in tensor
+                    or tensor.endswith(("k_scale", "v_scale"))
+                )
                 self.ledger.lose("kv-cache-dropped" if cache else "attention-dropped", 1.0, tensor)
-        renamed = self.dense and "mindspore" in {self.spec.name, self.checkpoint.format}  # float weights under other names
+        formats = {self.spec.name, self.checkpoint.format}
+        renamed = (self.dense and "mindspore" in formats) or self.spec.name == "turbomind"  # float weights under other names
+        renamed |= self.dense and "turbomind" in formats
         if not self.checkpoint.layer_names and not self.checkpoint.unsupported and not renamed:
             hint = "there is nothing to convert: copy the folder, or quantize it first"
             self.ledger.refuse("nothing", self.checkpoint.location.folder.name, "a quantized layer", "holds quantized layers", hint)

@@ -26,6 +26,7 @@ from formats.errors import DestinationError, NotSameError, ReadFailedError
 from formats.ir import Array
 from formats.laid_out import LaidOut
 from formats.safetensors_file import TensorIndex, TensorInfo, TensorSet
+from formats.turbomind_files import WEIGHTS, stranger_in
 from formats.workspace import Workspace
 
 from .folder import CARRIED
@@ -221,6 +222,8 @@ MODEL_FILES = ("*.safetensors", "*.json", "README.md", ".gitattributes", "*.ckpt
 def _stranger(folder: Path) -> str | None:
     """What speaks against replacing ``folder``, in words; None if only a model (or nothing) would be lost."""
     entries = list(folder.iterdir())
+    if WEIGHTS.split("/")[0] in {entry.name for entry in entries}:
+        return stranger_in(folder)
     for entry in entries:
         if entry.name == "rank_0" and entry.is_dir() and all(file.suffix == ".ckpt" and file.is_file() for file in entry.iterdir()):
             continue
@@ -306,6 +309,11 @@ class Output:
             yield handle
         finally:
             os.close(handle)
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        with self.opened() as handle:
+            os.fdatasync(handle)
 
     def write(self, info: TensorInfo, array: Array, row: int, col: int) -> None:
         """Write a rectangle of a 2-D (or, with row 0, 1-D) stored tensor: ``array`` at [row, col]."""
@@ -428,8 +436,7 @@ class Syncer:
             for output in self._outputs:
                 if output.dirty:
                     output.dirty = False
-                    with output.opened() as handle:
-                        os.fdatasync(handle)
+                    output.sync()
             self._journal.synced(upto)
         except OSError:
             self._journal.doubt()

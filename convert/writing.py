@@ -255,7 +255,7 @@ def _write_grid(
         zeros = moves.repeat_groups(grid, plan.repeat)
     if zeros is not None and spec.part == "zero_points":
         if spec.layout is None:
-            stored = (-zeros if spec.negated == "integer" else zeros).astype(DTYPES[spec.dtype])
+            stored = ((-zeros if spec.negated == "integer" else zeros) + spec.added).astype(DTYPES[spec.dtype])
             stored = -stored if spec.negated == "float" else stored
             output.write(info, stored.T if spec.transposed else stored, *((0, rows.start) if spec.transposed else (rows.start, 0)))
             return

@@ -178,9 +178,11 @@ class Checkpoint:
     attention     KV-cache scales and the like, by stored name; said: what the checkpoint's configs say of them
     config        config.json without its quantization_config, or None
     kept          bytes that the reader keeps in memory of what it made
+    sidecars      where config.json and the tokenizer lie, if not beside the weights
     """
 
     kept = 0
+    sidecars: Location | None = None
 
     def __init__(self, location: Location, format: str, variant: str, tensors: TensorSet) -> None:
         self.location = location

@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .awq import Awq, is_gemm
 from .checkpoint import Checkpoint, Location
 from .errors import RefusedError
+from .safetensors_file import TensorSet
 from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
 
@@ -28,14 +30,20 @@ def detect(location: Location) -> str | None:
 class Dense(Checkpoint):
     """Reader of float folders: every tensor is plain."""
 
-    def __init__(self, location: Location, variant: str) -> None:
-        super().__init__(location, "dense", variant, location.tensors())
+    def __init__(self, location: Location, variant: str, tensors: TensorSet | None = None) -> None:
+        super().__init__(location, "dense", variant, location.tensors() if tensors is None else tensors)
         if any(name.endswith((".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")) for name in self.tensors):
             raise RefusedError(
                 f"{location.folder.name}: holds quantized tensors, but config.json has no quantization_config that says how; "
                 "put back the config that came with the weights"
             )
         self.entries = [("plain", name) for name in self.tensors]
+
+
+def open_folder(location: Location, variant: str) -> Checkpoint:
+    """The reader of a folder whose config.json says nothing of quantization: float, or AWQ as LMDeploy up to 0.3 leaves it."""
+    tensors = location.tensors()
+    return Awq(location, "gemm") if is_gemm(tensors) else Dense(location, variant, tensors)
 
 
 def outputs(layer: LayerTarget, variant: str) -> tuple[TensorSpec, ...]:
@@ -73,7 +81,7 @@ SPEC = FormatSpec(
         ),
     ),
     detect=detect,
-    open=Dense,
+    open=open_folder,
     outputs=outputs,
     quantization_config=quantization_config,
     default_variant="hf",
