@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from . import awq, compressed_tensors, dense, gptq, mindspore, msmodelslim, turbomind
+from . import awq, compressed_tensors, dense, gptq, mindspore, msmodelslim, smooth_quant, turbomind
 from .checkpoint import Checkpoint, Location
 from .errors import RefusedError, UnreadableError, UsageError
 from .spec import FormatSpec, Variant
@@ -22,6 +22,7 @@ FORMATS: tuple[FormatSpec, ...] = (
     gptq.SPEC,
     compressed_tensors.SPEC,
     mindspore.SPEC,
+    smooth_quant.SPEC,
     dense.SPEC,
 )
 
