@@ -310,6 +310,10 @@ class Output:
         finally:
             os.close(handle)
 
+    def is_turned(self, info: TensorInfo) -> bool:
+        """Whether a tensor's rows lie across the file's lines, so that it is written well in high pieces only."""
+        return False
+
     def sync(self) -> None:
         """Bring what was written to the disk."""
         with self.opened() as handle:

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.files import read_at
 from formats.ir import Array
 from formats.laid_out import LaidOut
-from formats.placement import Place
+from formats.placement import Place, read_lines, write_lines
 from formats.safetensors_file import TensorInfo
 from formats.turbomind_files import WorkspaceOutput
 from formats.workspace import Workspace
 
-from .staging import Output, write_all
+from .staging import Output
 
 
 def output_of(folder: Path, file: LaidOut) -> Output:
@@ -65,6 +64,9 @@ class FolderOutput(Output):
             self._places[info.begin].read(handles.read, again, row, col * array.itemsize)
         return bool(np.array_equal(again, data))
 
+    def is_turned(self, info: TensorInfo) -> bool:
+        return self._places[info.begin].turned
+
     def sync(self) -> None:
         for name in self._sizes:
             with _opened(self.path / name) as handle:
@@ -103,8 +105,8 @@ class _Handles:
             self._open[name] = self._stack.enter_context(_opened(self._folder / name))
         return self._open[name]
 
-    def read(self, name: str, view: memoryview, offset: int) -> None:
-        read_at(self._handle(name), view, offset, self._folder / name)
+    def read(self, name: str, block: Array, offset: int, pitch: int) -> None:
+        read_lines(self._handle(name), block, offset, pitch, self._folder / name)
 
-    def write(self, name: str, view: memoryview, offset: int) -> None:
-        write_all(self._handle(name), view, offset)
+    def write(self, name: str, block: Array, offset: int, pitch: int) -> None:
+        write_lines(self._handle(name), block, offset, pitch)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,14 +21,14 @@ from typing import Any, Literal
 import numpy as np
 
 from .errors import UnreadableError
-from .files import Read, Readable, ReadableFile
+from .files import Read, Readable, ReadableFile, read_at
 from .regions import Array
 from .safetensors_file import DTYPES, TensorInfo, TensorTable
 from .stored_tensor import StoredTensor
 from .workspace import Workspace, empty
 
-ReadAt = Callable[[str, memoryview, int], None]
-WriteAt = Callable[[str, memoryview, int], None]
+Lines = Callable[[str, Array, int, int], None]
+"""Reads or writes the rows of an array (uint8, C-contiguous): a file, the array, where its first row lies, bytes from row to row."""
 
 PIECE = 1 << 20
 """Bytes of a file that are held at once, about, where they are not read straight into place."""
@@ -57,21 +58,21 @@ class Place:
     turned: bool = False
     copied: bool = False
 
-    def read(self, read_at: ReadAt, found: Array, top: int, left: int) -> None:
+    def read(self, read_lines: Lines, found: Array, top: int, left: int) -> None:
         """Fill ``found`` (uint8 [rows, bytes], C-contiguous) with the tensor's rows from ``top``, bytes from ``left``."""
         for number, part in enumerate(self._parts(found, top, left)):
             if not (number and self.copied):
-                part.read(read_at)
+                part.read(read_lines)
                 continue
             again = replace(part, data=np.empty_like(found))
-            again.read(read_at)
+            again.read(read_lines)
             if not np.array_equal(again.data, found):
                 raise UnreadableError(f"{part.file}: differs from {self.files[0]}, of which it must be a copy; it is damaged")
 
-    def write(self, read_at: ReadAt, write_at: WriteAt, data: Array, top: int, left: int) -> None:
+    def write(self, read_lines: Lines, write_lines: Lines, data: Array, top: int, left: int) -> None:
         """Put ``data`` (uint8 [rows, bytes]) there. What lies between is read and written again, so one may write a file at a time."""
         for part in self._parts(data, top, left):
-            part.write(read_at, write_at)
+            part.write(read_lines, write_lines)
 
     def _parts(self, data: Array, top: int, left: int) -> Iterator[_Part]:
         """The rectangle's pieces, one for each rank that has any of it (of copies: each rank)."""
@@ -130,6 +131,12 @@ class _Part:
         found: Array = units[self.lines, self.slots]
         return found
 
+    def _halves(self, lines: slice) -> Array:
+        """Lines of the rectangle as bytes, of units that are half bytes."""
+        part = slice(self.lines.start + lines.start, self.lines.start + lines.stop)
+        found: Array = self.data[part, self.slots.start // 2 : self.slots.stop // 2]
+        return found
+
     def _blocks(self, wide: int) -> Iterator[slice]:
         """The lines, as many at a time as are held at once."""
         count, high = self.lines.stop - self.lines.start, max(1, PIECE // max(1, wide))
@@ -153,53 +160,95 @@ class _Part:
             return first // 2, slots // 2
         return first * place.step, (slots - 1) * place.step + place.unit
 
-    def read(self, read_at: ReadAt) -> None:
+    def read(self, read_lines: Lines) -> None:
         first, slots, order = self._span()
         begin, wide = self._bytes(first, slots)
         for lines in self._blocks(wide):
-            block = self._fetch(read_at, lines, begin, wide)
+            block = self._fetch(read_lines, lines, begin, wide)
             if self.place.unit == 0:
-                nibbles = _nibbles(block)[:, order] if order is not None else _nibbles(block)
-                part = slice(self.lines.start + lines.start, self.lines.start + lines.stop)
-                self.data[part, self.slots.start // 2 : self.slots.stop // 2] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+                assert order is not None
+                whole = len(order) == slots
+                self._halves(lines)[...] = parted(block, self.place.head) if whole else _joined(_nibbles(block)[:, order])
                 continue
             units = self._stored(block, slots)
             self._view()[lines] = units if order is None else units[:, order]
 
-    def write(self, read_at: ReadAt, write_at: WriteAt) -> None:
+    def write(self, read_lines: Lines, write_lines: Lines) -> None:
         first, slots, order = self._span()
         begin, wide = self._bytes(first, slots)
         whole = order is None or len(order) == slots
         for lines in self._blocks(wide):
-            gaps = not whole or self.place.step != self.place.unit
-            block = self._fetch(read_at, lines, begin, wide) if gaps else np.empty((lines.stop - lines.start, wide), np.uint8)
-            if self.place.unit == 0:
+            gaps = not whole or (self.place.unit and self.place.step != self.place.unit)
+            block = self._fetch(read_lines, lines, begin, wide) if gaps else np.empty((lines.stop - lines.start, wide), np.uint8)
+            if self.place.unit == 0 and whole:
+                block = paired(self._halves(lines), self.place.head)
+            elif self.place.unit == 0:
                 nibbles = _nibbles(block)
-                part = slice(self.lines.start + lines.start, self.lines.start + lines.stop)
-                ours = _nibbles(np.ascontiguousarray(self.data[part, self.slots.start // 2 : self.slots.stop // 2]))
-                nibbles[:, slice(None) if order is None else order] = ours
-                block = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+                nibbles[:, order] = _nibbles(self._halves(lines))
+                block = _joined(nibbles)
             else:
                 self._stored(block, slots)[:, slice(None) if order is None else order] = self._view()[lines]
-            self._put(write_at, block, lines, begin)
+            write_lines(self.file, block, self._offset(lines, begin), self.place.pitch)
 
-    def _fetch(self, read_at: ReadAt, lines: slice, begin: int, wide: int) -> Array:
+    def _offset(self, lines: slice, begin: int) -> int:
+        """Byte of the file at which some of the lines begin."""
+        return int(self.place.offset + (self.line + lines.start) * self.place.pitch + begin)
+
+    def _fetch(self, read_lines: Lines, lines: slice, begin: int, wide: int) -> Array:
         block = np.empty((lines.stop - lines.start, wide), np.uint8)
-        place, offset = self.place, self.place.offset + (self.line + lines.start) * self.place.pitch + begin
-        if wide == place.pitch:
-            read_at(self.file, memoryview(block.reshape(-1)), offset)
-            return block
-        for number, line in enumerate(block):
-            read_at(self.file, memoryview(line), offset + number * place.pitch)
+        read_lines(self.file, block, self._offset(lines, begin), self.place.pitch)
         return block
 
-    def _put(self, write_at: WriteAt, block: Array, lines: slice, begin: int) -> None:
-        place, offset = self.place, self.place.offset + (self.line + lines.start) * self.place.pitch + begin
-        if block.shape[1] == place.pitch:
-            write_at(self.file, memoryview(np.ascontiguousarray(block).reshape(-1)), offset)
-            return
-        for number, line in enumerate(np.ascontiguousarray(block)):
-            write_at(self.file, memoryview(line), offset + number * place.pitch)
+
+def read_lines(descriptor: int, block: Array, offset: int, pitch: int, path: Path) -> None:
+    """Fill the rows of ``block`` from bytes ``offset``, ``offset + pitch`` and so on of a file."""
+    flat, width = memoryview(block.reshape(-1)), block.shape[1]
+    if width == pitch:
+        read_at(descriptor, flat, offset, path)
+        return
+    for begin in range(0, len(flat), width):
+        line = flat[begin : begin + width]
+        if os.preadv(descriptor, (line,), offset) != width:
+            read_at(descriptor, line, offset, path)
+        offset += pitch
+
+
+def write_lines(descriptor: int, block: Array, offset: int, pitch: int) -> None:
+    """Write the rows of ``block`` there."""
+    flat, width = memoryview(np.ascontiguousarray(block).reshape(-1)), block.shape[1]
+    step = len(flat) if width == pitch else width
+    for begin in range(0, len(flat), step):
+        line, at = flat[begin : begin + step], offset
+        while line:
+            done = os.pwrite(descriptor, line, at)
+            line, at = line[done:], at + done
+        offset += pitch
+
+
+def parted(block: Array, head: int) -> Array:
+    """uint8 [lines, bytes] of whole heads of half bytes, out of pairs of one of each half: the first half, then the second."""
+    words = block.reshape(block.shape[0], -1, head // 4, 2).astype(np.uint8, copy=False)
+    even, odd = words[..., 0], words[..., 1]
+    found = np.empty((*even.shape[:2], 2, head // 4), np.uint8)
+    found[:, :, 0] = even & 15 | odd << 4
+    found[:, :, 1] = even >> 4 | odd & 240
+    return found.reshape(block.shape)
+
+
+def paired(block: Array, head: int) -> Array:
+    """The inverse of ``parted``."""
+    halves = block.reshape(block.shape[0], -1, 2, head // 4)
+    first, second = halves[:, :, 0], halves[:, :, 1]
+    found = np.empty((*first.shape, 2), np.uint8)
+    found[..., 0] = first & 15 | second << 4
+    found[..., 1] = first >> 4 | second & 240
+    return found.reshape(block.shape)
+
+
+def _joined(nibbles: Array) -> Array:
+    """The inverse of ``_nibbles``."""
+    found: Array = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    return found
 
 
 def _nibbles(block: Array) -> Array:
@@ -229,9 +278,11 @@ class PlacedFiles(Readable):
             self.files[name] = ReadableFile(self.path / name, self._growing)
         return self.files[name]
 
-    def read_at(self, name: str, view: memoryview, offset: int) -> None:
-        """Fill ``view`` from a byte of one of the files."""
-        self.file(name).read_into(view, offset)
+    def read_lines(self, name: str, block: Array, offset: int, pitch: int) -> None:
+        """Fill rows from one of the files."""
+        file = self.file(name)
+        with file.opened() as descriptor:
+            read_lines(descriptor, block, offset, pitch, file.path)
 
     def tensor(self, name: str, info: TensorInfo | None = None) -> PlacedTensor:
         """The tensor, unread."""
@@ -254,7 +305,7 @@ class PlacedFiles(Readable):
             high = max(1, len(view) // width) if not left and wide == width else 1
             high = min(high, info.nbytes // width - row)
             block = np.empty((high, wide), np.uint8)
-            self.places[name].read(self.read_at, block, row, left)
+            self.places[name].read(self.read_lines, block, row, left)
             view[: block.size] = memoryview(block.reshape(-1))
             view, address = view[block.size :], address + block.size
 
@@ -277,5 +328,5 @@ class PlacedTensor(StoredTensor):
         if found.size:
             files: Any = self.file
             item = self.dtype.itemsize
-            self.place.read(files.read_at, found.view(np.uint8).reshape(found.shape[0], -1), top, left * item)
+            self.place.read(files.read_lines, found.view(np.uint8).reshape(found.shape[0], -1), top, left * item)
         return found
