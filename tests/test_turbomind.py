@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from places import fails, succeeds
+from killing import counted_pwrites, small_tiles
+from places import HIDDEN, fails, full, snapshot, stops_after, succeeds
 from safetensors.numpy import load_file, save_file
 
 from convert import convert, verify
 from formats import open_checkpoint
-from formats.errors import RefusedError, UnreadableError
+from formats.errors import DestinationError, RefusedError, UnreadableError
 from formats.ir import Array
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "lmdeploy"
@@ -95,11 +97,11 @@ def test_the_workspace_of_0_9_there_and_back(tmp_path: Path) -> None:
 
 # A model with grouped queries and biases, in words that this file packs itself.
 
-HIDDEN, HEADS, KV, INTER, VOCABULARY = 512, 4, 2, 768, 96
+WIDTH, HEADS, KV, INTER, VOCABULARY = 512, 4, 2, 768, 96
 SIZES = {
-    "self_attn.q_proj": (HIDDEN, HEADS * 128), "self_attn.k_proj": (HIDDEN, KV * 128), "self_attn.v_proj": (HIDDEN, KV * 128),
-    "self_attn.o_proj": (HEADS * 128, HIDDEN), "mlp.gate_proj": (HIDDEN, INTER), "mlp.up_proj": (HIDDEN, INTER),
-    "mlp.down_proj": (INTER, HIDDEN),
+    "self_attn.q_proj": (WIDTH, HEADS * 128), "self_attn.k_proj": (WIDTH, KV * 128), "self_attn.v_proj": (WIDTH, KV * 128),
+    "self_attn.o_proj": (HEADS * 128, WIDTH), "mlp.gate_proj": (WIDTH, INTER), "mlp.up_proj": (WIDTH, INTER),
+    "mlp.down_proj": (INTER, WIDTH),
 }  # fmt: skip
 
 
@@ -113,9 +115,9 @@ def random_model(biased: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"), group
         if name.rpartition(".")[2] in biased:
             model[f"model.layers.0.{name}.bias"] = random.standard_normal(out).astype(np.float16)
     for name in ("model.embed_tokens", "lm_head"):
-        model[f"{name}.weight"] = random.standard_normal((VOCABULARY, HIDDEN)).astype(np.float16)
+        model[f"{name}.weight"] = random.standard_normal((VOCABULARY, WIDTH)).astype(np.float16)
     for name in ("model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"):
-        model[f"{name}.weight"] = random.standard_normal(HIDDEN).astype(np.float16)
+        model[f"{name}.weight"] = random.standard_normal(WIDTH).astype(np.float16)
     return model
 
 
@@ -134,7 +136,7 @@ def write_awq(folder: Path, model: dict[str, Any], group: int = 128, kind: str =
             tensors[name] = value
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    said = {"model_type": kind, "num_attention_heads": HEADS, "num_key_value_heads": KV, "hidden_size": HIDDEN, "torch_dtype": "float16"}
+    said = {"model_type": kind, "num_attention_heads": HEADS, "num_key_value_heads": KV, "hidden_size": WIDTH, "torch_dtype": "float16"}
     quantization = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
     (folder / "config.json").write_text(json.dumps({**said, **config, "quantization_config": quantization}))
     return folder
@@ -211,7 +213,7 @@ def test_grouped_queries_and_biases(tmp_path: Path, version: str, tp: int) -> No
         assert np.array_equal(np.fromfile(out / WEIGHTS / "output.weight", "<f2").reshape(head.shape), head)
         return
     parts = [np.fromfile(out / WEIGHTS / f"output.{rank}.weight", "<f2") for rank in range(tp)]
-    found = [part.reshape(HIDDEN, -1).T if version == "0.9" else part.reshape(-1, HIDDEN) for part in parts]
+    found = [part.reshape(WIDTH, -1).T if version == "0.9" else part.reshape(-1, WIDTH) for part in parts]
     assert np.array_equal(np.concatenate(found), head)
     parts = [np.fromfile(out / WEIGHTS / f"tok_embeddings.{rank}.weight", "<f2").reshape(VOCABULARY, -1) for rank in range(tp)]
     assert np.array_equal(np.concatenate(parts, axis=1), embedding)
@@ -223,7 +225,7 @@ def test_a_vocabulary_is_filled_up_for_the_ranks(tmp_path: Path) -> None:
         model[name] = model[name][:95]
     source = write_awq(tmp_path / "awq", model, kind="llama")
     convert(source, tmp_path / "out", "turbomind:0.1", tp=2)
-    stored = np.fromfile(tmp_path / "out" / WEIGHTS / "output.weight", "<f2").reshape(96, HIDDEN)
+    stored = np.fromfile(tmp_path / "out" / WEIGHTS / "output.weight", "<f2").reshape(96, WIDTH)
     assert np.array_equal(stored[:95], model["lm_head.weight"])
     assert not stored[95].any()
     assert "vocab_size = 95\n" in (tmp_path / "out" / WEIGHTS / "config.ini").read_text()
@@ -284,6 +286,35 @@ def edited(folder: Path, old: str, new: str) -> Path:
     assert old in text
     path.write_text(text.replace(old, new))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "version", "tp", "golden"),
+    [
+        (AWQ_010, "0.1", 2, "w4_v010_tp2"),
+        (AWQ_018, "0.9", 1, "w4_v092_tp1"),
+        (WORKSPACES / "fp16_v010_tp2", "0.1", 2, "fp16_v010_tp2"),
+    ],
+)
+def test_halves_of_heads_and_interruptions(tmp_path: Path, source: Path, version: str, tp: int, golden: str) -> None:
+    """Tiles of 64 outputs cut every head in two; a disk that is full on the way leaves what the same command finishes."""
+    out = tmp_path / "place" / "out"
+    out.parent.mkdir()
+    options: dict[str, Any] = {"tp": tp, "model_name": "internlm-chat-7b" if version == "0.1" else "llama2", "jobs": 1}
+    with small_tiles(), counted_pwrites() as count:
+        convert(source, tmp_path / "whole", f"turbomind:{version}", **options)
+    with small_tiles(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", stops_after(count[0] // 2, full(), os.pwrite))
+        with pytest.raises(DestinationError, match="the disk is full"):
+            convert(source, out, f"turbomind:{version}", **options)
+    assert not out.exists()
+    assert not (out.parent / HIDDEN / "model" / WEIGHTS / f"config.{'ini' if version == '0.1' else 'yaml'}").exists()
+    with small_tiles(), counted_pwrites() as again:
+        assert convert(source, out, f"turbomind:{version}", **options).resumed
+    assert again[0] < count[0]
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+    wanted = {name: content for name, content in weights(WORKSPACES / golden).items() if not name.startswith("config.")}
+    same_files({name: content for name, content in weights(out).items() if name in wanted or not name.startswith("config.")}, wanted)
 
 
 def test_a_file_that_is_a_byte_short(tmp_path: Path) -> None:
@@ -367,7 +398,7 @@ def test_a_zero_point_that_is_none(tmp_path: Path) -> None:
         (random_model(()), "gpt_neox", 1, "gpt_neox"),
         ({name: value for name, value in random_model(()).items() if name != "lm_head.weight"}, "llama", 1, "lm_head.weight"),
         ({**random_model(()), "model.layers.0.extra.weight": np.zeros(4, np.float16)}, "llama", 1, "model.layers.0.extra.weight"),
-        ({**random_model(()), "model.norm.weight": np.zeros(HIDDEN, np.float32)}, "llama", 1, "model.norm.weight"),
+        ({**random_model(()), "model.norm.weight": np.zeros(WIDTH, np.float32)}, "llama", 1, "model.norm.weight"),
         ({**random_model(()), "model.layers.0.mlp.up_proj.bias": np.zeros(INTER, np.float16)}, "llama", 1, "up_proj.bias"),
     ],
 )
