@@ -116,10 +116,14 @@ def quantization_config(model: ModelFacts, variant: str) -> tuple[Mapping[str, A
 
 
 def objection(layer: LayerTarget, variant: str) -> Objection | None:
-    """Layers whose inputs are not quantized have no spelling."""
+    """Layers whose inputs are not quantized have no spelling, nor have groups."""
     if layer.inputs is None:
         hint = "convert to compressed-tensors, gptq or dense, which have inputs in float"
         return Objection("type", "8-bit weights with inputs in float", "quantizes inputs at run time", hint)
+    if layer.scheme.weights.strategy == "group":
+        return Objection(
+            "group-size", f"groups of {layer.group_size} inputs", "has one scale per channel", "convert to compressed-tensors, or dense"
+        )
     return None
 
 
