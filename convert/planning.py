@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from formats import Checkpoint, check_writable, find_format, open_checkpoint
-from formats.checkpoint import Location, float_linears, float_matrices, zeros_reading
+from formats.checkpoint import LeftOut, Location, float_linears, float_matrices, zeros_reading
 from formats.derived import bias_error, contradiction
 from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.ir import QuantizedLinear, QuantScheme, read
@@ -55,6 +55,10 @@ def plan(src: str | os.PathLike[str], to: str, *, probe: bool = True, **options:
     with _no_cyclic_collection():
         checkpoint = open_checkpoint(Location.of(src, settings.description, base, zeros_reading(settings.gptq_zeros)))
         base = base or checkpoint.sidecars
+        if ignored := [name for name in checkpoint.plain_names if spec.ignores(name)]:
+            why = f"{spec.name}'s engine computes them itself"
+            checkpoint.left_out += [LeftOut(name, "always", "", why, "") for name in ignored]
+            checkpoint.entries = [entry for entry in checkpoint.entries if entry[1] not in set(ignored)]
         found = Planner(checkpoint, spec, variant, named, settings, base).plan(probe)
     if settings.consumer is not None and not found.refusals:
         from .checking import unmet_by

@@ -221,6 +221,7 @@ class FormatSpec:
                          are quantized in a way, for a model of a dtype ("BF16", "F16", "F32"; None: unknown)
     objection            why a layer as it would be spelled cannot be, or None
     owner_writes_only    its tool refuses files that others may write
+    ignores              whether a plain tensor is left out, since the engine computes it itself
     sidecars             writes everything but the weights into a folder, from the model's and for a variant; what is missing, in words.
                          None: as a Hugging Face folder has it
     """
@@ -241,6 +242,7 @@ class FormatSpec:
     derived: Callable[[QuantizedLinear, InputKind | None, str | None], tuple[tuple[str, str], ...]] = _no_derived
     objection: Callable[[LayerTarget, str], Objection | None] = lambda layer, variant: None
     owner_writes_only: bool = False
+    ignores: Callable[[str], bool] = lambda name: False
     sidecars: Callable[[ModelFacts, str, Location, Path], list[str]] | None = None
     default_variant: str = field(default="")
 

@@ -25,7 +25,8 @@ Quirks:
 5. Feed-forward sizes are filled up with 0 since 0.6 where ranks do not share out whole groups; such a workspace is not written, and read
    with its zeros.
 6. LMDeploy deletes the destination before it writes, and puts tokenizer.json into the source's folder; neither is done here.
-7. ``quant_policy = 4`` in the configuration is an int8 KV cache until 0.3, int4 since 0.4. Scales of the first lie beside the weights.
+7. ``tokenizer_size`` of config.yaml is written as the vocabulary's rows, where LMDeploy counts the tokenizer's tokens.
+8. ``quant_policy = 4`` in the configuration is an int8 KV cache until 0.3, int4 since 0.4. Scales of the first lie beside the weights.
 """
 
 from __future__ import annotations
@@ -367,6 +368,7 @@ SPEC = FormatSpec(
     quantization_config=quantization_config,
     lay_out=lay_out,
     index=lambda variant, files: None,
+    ignores=lambda name: name.endswith(".rotary_emb.inv_freq"),
     sidecars=write_tree,
     default_variant=TILES,
 )

@@ -408,6 +408,30 @@ def test_what_a_workspace_cannot_hold(tmp_path: Path, model: dict[str, Any], kin
     assert sorted(path.name for path in tmp_path.iterdir()) == ["awq"]
 
 
+def test_frequencies_of_the_rotary_embedding_are_left_out(tmp_path: Path) -> None:
+    """Checkpoints of InternLM and of old Llamas hold them."""
+    model = random_model(("q_proj", "k_proj", "v_proj", "o_proj"))
+    source = write_awq(
+        tmp_path / "awq", {**model, "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(64, np.float32)}, kind="internlm"
+    )
+    result = convert(source, tmp_path / "out", "turbomind:0.1")
+    assert "1 tensors are not carried: turbomind's engine computes them itself" in result.plan.notes
+    write_awq(tmp_path / "without", model, kind="internlm")
+    assert verify(tmp_path / "without", tmp_path / "out").same
+    assert "model_name = internlm-chat-7b\n" in (tmp_path / "out" / WEIGHTS / "config.ini").read_text()
+
+
+def test_a_tokenizer_that_is_a_link_out_of_the_workspace(tmp_path: Path) -> None:
+    folder = copy(tmp_path, "w4_v010_tp1")
+    (tmp_path / "secret.json").write_text("{}")
+    (folder / "triton_models/tokenizer/tokenizer.json").symlink_to(tmp_path / "secret.json")
+    for target in ("awq", "turbomind:0.1"):
+        assert "tokenizer.json: is a link to a file outside the folder" in fails(5, "convert", folder, tmp_path / "out", "--to", target)
+    (folder / "triton_models/tokenizer/tokenizer.json").rename(folder / "triton_models/tokenizer/other.json")
+    assert "other.json: is a link" in fails(5, "convert", folder, tmp_path / "out", "--to", "turbomind:0.1")
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_that_say_nothing_elsewhere(tmp_path: Path) -> None:
     fails(2, "convert", AWQ_018, tmp_path / "out", "--to", "awq", "--tp", "2")
     fails(2, "convert", AWQ_018, tmp_path / "out", "--to", "awq", "--model-name", "llama2")
