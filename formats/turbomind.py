@@ -176,7 +176,8 @@ class Turbomind(Checkpoint):
 
     def _leave_out(self) -> None:
         """Biases of the output projection that LMDeploy made up."""
-        config = self.config or {}
+        base = self.location.base
+        config = (self.config if base is None else base.json("config.json")) or {}
         for name in [tensor for tensor in self.tensors if tensor.endswith(".o_proj.bias")]:
             module = name.removesuffix(".bias")
             if not has_bias(config, module):

@@ -15,7 +15,7 @@ from killing import counted_pwrites, small_tiles
 from places import HIDDEN, fails, full, snapshot, stops_after, succeeds
 from safetensors.numpy import load_file, save_file
 
-from convert import convert, verify
+from convert import convert, inspect, verify
 from formats import open_checkpoint
 from formats.errors import DestinationError, RefusedError, UnreadableError
 from formats.ir import Array
@@ -378,6 +378,35 @@ def test_groups_that_lmdeploy_shuffled_wrongly(tmp_path: Path) -> None:
     assert "group_size is 64" in said
     source = write_awq(tmp_path / "awq", random_model((), 64), 64, "llama")
     assert "group" in fails(3, "convert", source, tmp_path / "out", "--to", "turbomind:0.1")
+
+
+@pytest.mark.parametrize("name", ["w4_v010_tp1", "w4_v010_tp2", "fp16_v010_tp2", "w4_v092_tp1"])
+def test_any_part_of_a_tensor_is_that_part(name: str) -> None:
+    """Rectangles, and runs of bytes, beside the whole."""
+    checkpoint, random = open_checkpoint(WORKSPACES / name), np.random.default_rng(3)
+    for tensor, info in checkpoint.tensors.items():
+        stored: Any = checkpoint.tensors.tensor(tensor)
+        whole = stored.read()
+        if whole.ndim == 2:
+            unit = 64 if tensor.endswith(".qweight") and "v010" in name else 1  # words of a tile's part lie together
+            unit = 128 if unit > 1 and any(part in tensor for part in ("v_proj", "o_proj", "down_proj")) else unit
+            for _ in range(4):
+                (top, bottom), (left, right) = (
+                    np.sort(random.integers(0, size + 1, 2)) for size in (whole.shape[0], whole.shape[1] // unit)
+                )
+                cut = slice(top, bottom), slice(left * unit, right * unit)
+                assert np.array_equal(stored.read(*cut), whole[cut]), (tensor, cut)
+        begin, end = np.sort(random.integers(0, info.nbytes // 4096 + 1, 2)) * 4096 if info.nbytes > 4096 else (0, info.nbytes)
+        assert stored.file.read(info.begin + int(begin), int(end - begin)) == whole.tobytes()[begin:end], tensor
+
+
+def test_a_base_model_says_what_the_workspace_does_not(tmp_path: Path) -> None:
+    golden = WORKSPACES / "w4_v092_tp1"
+    shutil.copytree(golden / WEIGHTS, tmp_path / "weights")
+    assert "no config.json" in str(inspect(tmp_path / "weights").findings)
+    convert(tmp_path / "weights", tmp_path / "out", "awq", base_model=AWQ_018)
+    found, wanted = load_file(tmp_path / "out/model.safetensors"), load_file(AWQ_018 / "model.safetensors")
+    assert sorted(found) == sorted(wanted)
 
 
 def test_a_zero_point_that_is_none(tmp_path: Path) -> None:
