@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from formats import Checkpoint, check_writable, find_format, open_checkpoint
-from formats.checkpoint import LeftOut, Location, float_linears, float_matrices, zeros_reading
+from formats.checkpoint import Location, float_linears, float_matrices, zeros_reading
 from formats.derived import bias_error, contradiction
 from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.ir import QuantizedLinear, QuantScheme, read
@@ -55,10 +55,7 @@ def plan(src: str | os.PathLike[str], to: str, *, probe: bool = True, **options:
     with _no_cyclic_collection():
         checkpoint = open_checkpoint(Location.of(src, settings.description, base, zeros_reading(settings.gptq_zeros)))
         base = base or checkpoint.sidecars
-        if ignored := [name for name in checkpoint.plain_names if spec.ignores(name)]:
-            why = f"{spec.name}'s engine computes them itself"
-            checkpoint.left_out += [LeftOut(name, "always", "", why, "") for name in ignored]
-            checkpoint.entries = [entry for entry in checkpoint.entries if entry[1] not in set(ignored)]
+        checkpoint.leave_out(spec.ignores, f"{spec.name}'s engine computes them itself")
         found = Planner(checkpoint, spec, variant, named, settings, base).plan(probe)
     if settings.consumer is not None and not found.refusals:
         from .checking import unmet_by
@@ -210,9 +207,8 @@ class Planner:
                     or tensor.endswith(("k_scale", "v_scale"))
                 )
                 self.ledger.lose("kv-cache-dropped" if cache else "attention-dropped", 1.0, tensor)
-        formats = {self.spec.name, self.checkpoint.format}
-        renamed = (self.dense and "mindspore" in formats) or self.spec.name == "turbomind"  # float weights under other names
-        renamed |= self.dense and "turbomind" in formats
+        others = {"mindspore", "turbomind"} & {self.spec.name, self.checkpoint.format}
+        renamed = self.spec.name == "turbomind" or (self.dense and bool(others))  # float weights under other names
         if not self.checkpoint.layer_names and not self.checkpoint.unsupported and not renamed:
             hint = "there is nothing to convert: copy the folder, or quantize it first"
             self.ledger.refuse("nothing", self.checkpoint.location.folder.name, "a quantized layer", "holds quantized layers", hint)

@@ -229,6 +229,12 @@ class Checkpoint:
         info = self.tensors[name]
         return PlainTensor(name, info.dtype, info.shape, self.tensors.tensor(name))
 
+    def leave_out(self, ignored: Callable[[str], bool], why: str) -> None:
+        """Take plain tensors that a target has no use for out of the entries."""
+        names = {name for name in self.plain_names if ignored(name)}
+        self.left_out += [LeftOut(name, "always", "", why, "") for name in names]
+        self.entries = [(kind, name) for kind, name in self.entries if name not in names]
+
     def data_findings(self) -> list[Finding]:
         """Findings that only the data can make; reads small tensors. None by default."""
         return []

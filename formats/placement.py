@@ -77,26 +77,23 @@ class Place:
     def _parts(self, data: Array, top: int, left: int) -> Iterator[_Part]:
         """The rectangle's pieces, one for each rank that has any of it (of copies: each rank)."""
         rows, width = data.shape
-        per = 2 if self.unit == 0 else 1
-        first, count = (left * per, width * per) if self.unit < 2 else (left // self.unit, width // self.unit)
         if self.unit >= 2 and (left % self.unit or width % self.unit):
             raise ValueError(f"bytes {left} to {left + width} split a unit of {self.unit}")
-        lines, slots = (range(first, first + count), range(top, top + rows))
-        if not self.turned:
+        first, last = (2 * left, 2 * (left + width)) if self.unit == 0 else (left // self.unit, (left + width) // self.unit)
+        lines, slots = range(top, top + rows), range(first, last)
+        if self.turned:
             lines, slots = slots, lines
-        ranks = len(self.files) if self.split else 1
-        per_line, per_slot = self.lines // (ranks if self.split == "lines" else 1), self.slots // (ranks if self.split == "slots" else 1)
-        for number, file in enumerate(self.files):
-            if number and not (self.split or self.copied):
-                break
-            skip_line, skip_slot = (number * per_line if self.split == "lines" else 0), (number * per_slot if self.split == "slots" else 0)
-            here = range(max(lines.start, skip_line), min(lines.stop, skip_line + per_line))
-            there = range(max(slots.start, skip_slot), min(slots.stop, skip_slot + per_slot))
-            if not (here and there):
-                continue
-            a, b = slice(here.start - lines.start, here.stop - lines.start), slice(there.start - slots.start, there.stop - slots.start)
-            units = _Part(self, file, data, a, b, here.start - skip_line, there.start - skip_slot)
-            yield units
+        ranks = range(len(self.files) if self.split or self.copied else 1)
+        per_line = self.lines // (len(ranks) if self.split == "lines" else 1)
+        per_slot = self.slots // (len(ranks) if self.split == "slots" else 1)
+        for rank in ranks:
+            line = rank * per_line if self.split == "lines" else 0
+            slot = rank * per_slot if self.split == "slots" else 0
+            here = range(max(lines.start, line), min(lines.stop, line + per_line))
+            there = range(max(slots.start, slot), min(slots.stop, slot + per_slot))
+            if here and there:
+                part = slice(here.start - lines.start, here.stop - lines.start), slice(there.start - slots.start, there.stop - slots.start)
+                yield _Part(self, self.files[rank], data, *part, here.start - line, there.start - slot)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,6 @@ from .workspace import Workspace
 
 TILES = "0.1"
 """The variant with tiles and a config.ini; the others have rows and a config.yaml."""
-_PLACES = {"": WEIGHTS, "triton_models": "weights"}
 _LINEAR = re.compile(r"model\.layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.(\w+)")
 MODELS = ("llama", "internlm", "qwen2", "mistral")
 """config.json's model_type of models whose tensors have these names and whose heads are put in order alike."""

@@ -30,7 +30,6 @@ SESSIONS = {
 """Chat templates of LMDeploy 0.1.0 with the tokens that a session of each has."""
 
 _FLOATS = {"fp16": "F16", "fp32": "F16", "bf16": "BF16", "float16": "F16", "half": "F16", "bfloat16": "BF16"}
-_TOGETHER = "its model is of a kind that is not read yet"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -116,7 +115,9 @@ def geometry_of_yaml(sections: Mapping[str, Any]) -> Geometry:
     said = _Section(YAML, sections, "model_config")
     odd = [key for key in ("expert_num", "q_lora_rank", "kv_lora_rank", "qk_norm") if _is_set(said.values.get(key))]
     if odd:
-        raise RefusedError(f"{YAML}: {odd[0]} is {said.values[odd[0]]}: {_TOGETHER}; convert the folder that it was made of")
+        raise RefusedError(
+            f"{YAML}: {odd[0]} is {said.values[odd[0]]}: such models are not read yet; convert the folder that it was made of"
+        )
     ranks = {said.number(key) for key in ("tp", "attn_tp_size", "mlp_tp_size") if key in said.values}
     if len(ranks) > 1:
         raise RefusedError(f"{YAML}: attention and feed-forward have {sorted(ranks)} ranks; workspaces with one number are read")
