@@ -18,6 +18,7 @@ from formats.safetensors_file import read_json
 from .config_ailments import config_name, configs
 from .patient import Patient
 from .stored import (
+    PICKLED,
     SHARD,
     StoredLayer,
     all_lanes_are,
@@ -35,8 +36,11 @@ JUDGED = 32
 def examine(location: Location) -> Patient:
     """Everything that is wrong with the folder, in ``ailments``, and its ``cure``."""
     patient = Patient(location)
-    _index(patient)
-    _metadata(patient)
+    if any(PICKLED.fullmatch(file.path.name) for file in patient.tensors.files):
+        _pickled(patient)
+    else:
+        _index(patient)
+        _metadata(patient)
     _shapes(patient)
     if patient.spelling == "gptq":
         _version(patient)
@@ -45,6 +49,14 @@ def examine(location: Location) -> Patient:
     if patient.spelling:
         configs(patient)
     return patient
+
+
+def _pickled(patient: Patient) -> None:
+    """Weights in pickles, as LMDeploy's auto_awq wrote them until 0.8: engines refuse them, or run what they say."""
+    files = [file.path.name for file in patient.tensors.files]
+    patient.cure.headers, patient.cure.index = True, len(files) > 1
+    found = "its tensors are in a pickle, which may run code when it is loaded and which engines no longer take"
+    patient.add("pickled", files[0], found, "write them as safetensors, byte for byte", mendable=True)
 
 
 def _index(patient: Patient) -> None:

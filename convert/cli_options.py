@@ -29,7 +29,7 @@ TO = typer.Option(
     ...,
     "--to",
     metavar="FORMAT[:VARIANT]",
-    help="awq, gptq, gptq:v2, compressed-tensors, msmodelslim, dense; `weighbridge formats` lists them.",
+    help="awq, gptq, gptq:v2, compressed-tensors, msmodelslim, turbomind, dense; `weighbridge formats` lists them.",
 )
 DEVICE = typer.Option("cpu", "--device", metavar="npu:0|cuda|cpu", help="Where the model is run.")
 DTYPE = typer.Option(
@@ -40,6 +40,13 @@ WORK_DIR = typer.Option(
 )
 DATA_TEMPLATE = typer.Option(
     None, "--template", help="How an object becomes a text: boolq, text, prompt, ... or keys in braces. Default: the one that fits."
+)
+TP = typer.Option(1, "--tp", min=1, help="turbomind only: ranks of tensor parallelism that the weights are split for.")
+MODEL_NAME = typer.Option(
+    None,
+    "--model-name",
+    metavar="TEMPLATE",
+    help="turbomind only: LMDeploy's chat template. Default: internlm-chat-7b of InternLM, else base.",
 )
 QKV_CONCAT = typer.Option(False, "--qkv-concat", help="mindspore only: store q, k and v as one, and gate and up.")
 TP = typer.Option(1, "--tp", min=1, help="mindspore only: ranks of tensor parallelism, a file for each.")

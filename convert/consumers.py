@@ -484,6 +484,9 @@ CONSUMERS: dict[str, Consumer] = {
                             "weighbridge convert {dir} OUT --to gptq:v1"),
                 ),
                 "compressed-tensors": _LMDEPLOY_COMPRESSED,
+                "smooth_quant": (
+                    value("quantization_config", "quant_method", ("smooth_quant",), SPEC + "its PyTorch engine, lmdeploy 0.18.0", DOCTOR),
+                ),
                 "dense": ORDINARY,
             },
             source=SPEC + "turbomind, lmdeploy 0.18.0", instead="awq",

@@ -72,6 +72,10 @@ def write_sidecars(plan: Plan, folder: Path) -> list[str]:
     """Write every file beside the weights into ``folder``; returns what is missing for a folder that loads, in words."""
     base = plan.base or plan.checkpoint.location
     check_carried(base)
+    if plan.spec.sidecars is not None:
+        check_carried(base, ("*.json", "*.py", *CARRIED))
+        (folder / "README.md").write_text(model_card(plan, base, None), encoding="utf-8")
+        return plan.spec.sidecars(plan.model, plan.variant.name, base, folder)
     written = configs(plan)
     missing = []
     for name, content in written.items():

@@ -28,6 +28,7 @@ from .folder import check_carried
 from .outputs import write_all
 from .patient import INSIDE, QUANTIZE, Ailment, Cure, Patient
 from .staging import MODEL_FILES, staging
+from .stored import safe_name
 
 if TYPE_CHECKING:
     from formats.safetensors_file import StoredFile
@@ -92,7 +93,7 @@ def _write(patient: Patient, folder: Path) -> None:
     check_carried(source, [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"])
     for name in source.names:
         carried = any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES) and not name.endswith(".safetensors")
-        stale = name in _STALE or name.endswith(".safetensors.index.json")
+        stale = name in _STALE or name.endswith((".safetensors.index.json", ".bin.index.json"))
         if carried and not stale and name not in weights and (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
     homes = _homes(patient)
@@ -134,7 +135,7 @@ def _write_weights(file: StoredFile, folder: Path, added: Mapping[str, Array]) -
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begins[name], position]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with (folder / file.path.name).open("xb") as out:
+    with (folder / safe_name(file.path.name)).open("xb") as out:
         write_all(out.fileno(), len(text).to_bytes(8, "little") + text, 0)
         for name in order:
             _copy(out.fileno(), added[name] if name in added else file.tensor(name), 8 + len(text) + begins[name])
@@ -153,8 +154,8 @@ def _write_index(patient: Patient, folder: Path) -> None:
     homes = _homes(patient)
     places = {**{name: patient.tensors[name].file for name in patient.tensors}, **homes}
     total = patient.tensors.nbytes + sum(array.nbytes for array in patient.cure.tensors.values())
-    weight_map = {name: files[place].path.name for name, place in sorted(places.items())}
-    stem = files[0].path.name.rsplit("-", 3)[0]
+    weight_map = {name: safe_name(files[place].path.name) for name, place in sorted(places.items())}
+    stem = safe_name(files[0].path.name).rsplit("-", 3)[0]
     _dump(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

@@ -33,7 +33,11 @@ def notes_of(
     config = model_config(checkpoint, base)
     if config is None:
         found.append("no config.json beside the source: the weights will be written without one; pass --base-model for a folder that loads")
-    elif model.model_dtype is not None and config.get("torch_dtype", config.get("dtype")) not in (None, model.model_dtype):
+    elif (
+        spec.sidecars is None
+        and model.model_dtype is not None
+        and config.get("torch_dtype", config.get("dtype")) not in (None, model.model_dtype)
+    ):
         was = config.get("torch_dtype", config.get("dtype"))
         found.append(
             f"config.json will say torch_dtype {model.model_dtype} instead of {was}: the dtype of the scales, in which kernels compute"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from formats.errors import UsageError
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
+from formats.turbomind_config import check_model_name
 
 from .memory import DEFAULT_MEMORY
 from .records import LOSSES
@@ -35,7 +36,8 @@ class Options(TypedDict, total=False):
                    it requires and would not find is refused
     description    msModelSlim: the description JSON, if it is not beside the weights
     qkv_concat     mindspore only: store q, k and v as one, and gate and up
-    tp             mindspore only: ranks of tensor parallelism, each of which gets a file with its part of every tensor
+    tp             mindspore and turbomind only: ranks of tensor parallelism, each of which has files with its part of every tensor
+    model_name     turbomind only: the chat template that LMDeploy will use, by its name; None: one for the model's type
     max_shard_size bytes of tensor data per output file; jobs: worker threads (None: the CPUs that may be used)
     max_memory     bytes of anonymous memory that the conversion may use over the bare interpreter; fewer workers run if it is little
     """
@@ -50,6 +52,7 @@ class Options(TypedDict, total=False):
     description: str | os.PathLike[str] | None
     qkv_concat: bool
     tp: int
+    model_name: str | None
     max_shard_size: int
     jobs: int | None
     max_memory: int
@@ -69,6 +72,7 @@ class Settings:
     description: str | os.PathLike[str] | None = None
     qkv_concat: bool = False
     tp: int = 1
+    model_name: str | None = None
     max_shard_size: int = DEFAULT_SHARD_BYTES
     jobs: int | None = None
     max_memory: int = DEFAULT_MEMORY
@@ -95,8 +99,13 @@ class Settings:
             raise UsageError(f"--serve-dtype {self.serve_dtype}: wanted float16 or bfloat16, with --to msmodelslim")
         if self.qkv_concat and format != "mindspore":
             raise UsageError("--qkv-concat: says something to --to mindspore only")
-        if self.tp > 1 and format != "mindspore":
-            raise UsageError(f"--tp {self.tp}: says something to --to mindspore only; other engines split one folder as they load it")
+        if self.tp > 1 and format not in {"mindspore", "turbomind"}:
+            other = "other engines split one folder as they load it"
+            raise UsageError(f"--tp {self.tp}: says something to --to mindspore and --to turbomind only; {other}")
+        if self.model_name is not None and format != "turbomind":
+            raise UsageError("--model-name: says something to --to turbomind only")
+        if self.model_name is not None:
+            check_model_name(self.model_name)
 
     @property
     def workers(self) -> int:

@@ -1,6 +1,7 @@
 """Output files while they grow: tiles are written anywhere, headers last, and what was written is brought to the disk.
 
-A model's weights lie in one ``Output`` for every file, or, where ranks hold parts of each tensor, in one ``RankedOutput`` for all. Until
+A model's weights lie in one ``Output`` for every file, or, where ranks hold parts of each tensor, in one ``RankedOutput`` for all; those of
+a TurboMind workspace in ``WorkspaceFiles``. Until
 ``finish`` a file has no header, so that nothing takes it for a model.
 """
 
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -21,9 +22,11 @@ from formats.ir import Array
 from formats.laid_out import LaidOut, LaidOutFile
 from formats.mindspore_ranks_output import RanksLaidOut
 from formats.safetensors_file import TensorIndex, TensorInfo, TensorSet
+from formats.turbomind_files import WorkspaceOutput
 from formats.workspace import Workspace
 
 from .journal import Journal
+from .workspace_output import WorkspaceFiles
 
 SYNC_BYTES = 1 << 30
 """Bytes after which what was written is brought to the disk: what a power cut costs at most."""
@@ -60,13 +63,16 @@ class Output(Protocol):
         """Bring what was written since the last time to the disk."""
         ...
 
+    def is_turned(self, info: TensorInfo) -> bool:
+        """Whether a tensor's rows lie across the file's lines, so that it is written well in high pieces only."""
+        ...
+
 
 def output_of(folder: Path, file: LaidOut) -> Output:
     """What writes ``file`` in ``folder``."""
     if isinstance(file, RanksLaidOut):
         return RankedOutput(folder, file)
-    (one,) = file.parts
-    return FileOutput(folder, one)
+    return WorkspaceFiles(folder, file) if isinstance(file, WorkspaceOutput) else FileOutput(folder, cast(LaidOutFile, file))
 
 
 class FileOutput:
@@ -127,6 +133,9 @@ class FileOutput:
                         return False
         return True
 
+    def is_turned(self, info: TensorInfo) -> bool:
+        return False
+
     def sync(self) -> None:
         if self.dirty:
             self.dirty = False
@@ -172,6 +181,9 @@ class RankedOutput:
     def finish(self) -> None:
         for part in self._parts:
             part.finish()
+
+    def is_turned(self, info: TensorInfo) -> bool:
+        return False
 
     def sync(self) -> None:
         for part in self._parts:

@@ -54,6 +54,8 @@ def plan(src: str | os.PathLike[str], to: str, *, probe: bool = True, **options:
         raise UnreadableError(f"{base.folder.name}: --base-model has no config.json; point at the float model's folder")
     with _no_cyclic_collection():
         checkpoint = open_checkpoint(Location.of(src, settings.description, base, zeros_reading(settings.gptq_zeros)))
+        base = base or checkpoint.sidecars
+        checkpoint.leave_out(spec.ignores, f"{spec.name}'s engine computes them itself")
         found = Planner(checkpoint, spec, variant, named, settings, base).plan(probe)
     if settings.consumer is not None and not found.refusals:
         from .checking import unmet_by
@@ -152,6 +154,8 @@ class Planner:
             (self.base or self.checkpoint.location).model_name,
             self.settings.qkv_concat,
             self.settings.tp,
+            self.checkpoint.tensors,
+            self.settings.model_name or "",
         )
         files = [] if self.ledger.refusals else self._lay_out(by_name, model)
         self.notes += notes_of(self.checkpoint, self.spec, self.variant, self.base, model, self.ledger)
@@ -162,6 +166,7 @@ class Planner:
             "serve_dtype": self.settings.serve_dtype or "default",
             **({"qkv_concat": True} if self.settings.qkv_concat else {}),
             **({"tp": self.settings.tp} if self.settings.tp > 1 else {}),
+            **({"model_name": self.settings.model_name} if self.settings.model_name is not None else {}),
             "max_shard_size": self.settings.max_shard_size,
         }
         outputs = sum(len(file.tensors) for file in files)
@@ -197,10 +202,16 @@ class Planner:
             self._refuse_functional(tensor)
         for tensor in self.checkpoint.attention:
             if tensor not in self.attention:
-                cache = ".kv_cache_" in tensor or ".paged_attention_mgr." in tensor or tensor.endswith(("k_scale", "v_scale"))
+                cache = (
+                    ".kv_cache_" in tensor
+                    or ".past_kv_scale." in tensor
+                    or ".paged_attention_mgr." in tensor
+                    or tensor.endswith(("k_scale", "v_scale"))
+                )
                 self.ledger.lose("kv-cache-dropped" if cache else "attention-dropped", 1.0, tensor)
         # float weights under other names, or in other files
-        renamed = self.dense and ("mindspore" in {self.spec.name, self.checkpoint.format} or self.checkpoint.variant == "meta")
+        others = {"mindspore", "turbomind"} & {self.spec.name, self.checkpoint.format}
+        renamed = self.spec.name == "turbomind" or (self.dense and (bool(others) or self.checkpoint.variant == "meta"))
         if not (self.checkpoint.layer_names or self.checkpoint.unsupported or self.attention or renamed):
             hint = "there is nothing to convert: copy the folder, or quantize it first"
             self.ledger.refuse("nothing", self.checkpoint.location.folder.name, "a quantized layer", "holds quantized layers", hint)

@@ -14,7 +14,7 @@ from formats import Checkpoint
 from formats.checkpoint import Entry, Location
 from formats.errors import RefusedError
 from formats.ir import QuantizedLinear, QuantScheme
-from formats.laid_out import LaidOut, LaidOutFile
+from formats.laid_out import LaidOut, Part
 from formats.safetensors_file import NAMES
 from formats.spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
@@ -148,8 +148,8 @@ class Plan:
         return sum(file.size for file in self.files)
 
     @property
-    def parts(self) -> list[LaidOutFile]:
-        """Every file of ``files``, those of ranks one by one."""
+    def parts(self) -> list[Part]:
+        """Every file of ``files``, those of ranks and of workspaces one by one."""
         return [part for file in self.files for part in file.parts]
 
     @property

@@ -9,6 +9,7 @@ from formats import Checkpoint
 from formats.checkpoint import Location
 from formats.ir import ArrayLike
 from formats.laid_out import LaidOut
+from formats.placement import PlacedFiles
 from formats.safetensors_file import SourceFile, TensorInfo, index_of, stored_tensor
 
 from .folder import configs
@@ -29,6 +30,8 @@ class StagedFile:
 
     def tensor(self, name: str, info: TensorInfo | None = None) -> ArrayLike:
         """The tensor, unread. info: its own, if it is at hand."""
+        if isinstance(self._file, PlacedFiles):
+            return self._file.tensor(name, info or self.tensors[name])
         return stored_tensor(self._file, name, info or self.tensors[name])
 
     def unchanged(self) -> bool:

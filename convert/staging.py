@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import DestinationError, ReadFailedError
+from formats.turbomind_files import WEIGHTS, stranger_in
 
 from .folder import CARRIED
 from .journal import Journal
@@ -209,6 +210,8 @@ _CHECKPOINTS = re.compile(r"rank_\d+|strategy")
 def _stranger(folder: Path) -> str | None:
     """What speaks against replacing ``folder``, in words; None if only a model (or nothing) would be lost."""
     entries = list(folder.iterdir())
+    if WEIGHTS.split("/")[0] in {entry.name for entry in entries}:
+        return stranger_in(folder)
     for entry in entries:
         if _CHECKPOINTS.fullmatch(entry.name) and entry.is_dir() and _only_checkpoints(entry):
             continue

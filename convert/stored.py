@@ -51,11 +51,18 @@ class StoredLayer:
         return -1 if self.groups == 1 or not self.groups else self.in_ // self.groups
 
 
+PICKLED = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin")
+"""Weight files of the days before safetensors."""
+
+
 def weight_files(location: Location) -> list[str]:
     """The names of the model's weight files, whatever an index says: the named one, shards of one stem, or a single file."""
     if location.file is not None and location.file.suffix == ".safetensors":
         return [location.file.name]
     names = [name for name in location.names if name.endswith(".safetensors")]
+    pickled = [name for name in location.names if PICKLED.fullmatch(name)]
+    if not names and pickled:
+        return ["pytorch_model.bin"] if "pytorch_model.bin" in pickled else pickled
     stems = {match[1]: None for name in names if (match := SHARD.fullmatch(name))}
     whole = [name for name in names if not SHARD.fullmatch(name)]
     if indexed := [stem for stem in stems if f"{stem}.safetensors.index.json" in location.names]:
@@ -75,7 +82,18 @@ def weight_files(location: Location) -> list[str]:
 
 def open_weights(location: Location) -> TensorSet:
     """The tensors of ``weight_files``, without asking an index."""
-    return TensorSet([location.folder / name for name in weight_files(location)])
+    names = weight_files(location)
+    if names[0].endswith(".bin"):
+        from formats.torch_file import open_torch
+
+        return TensorSet([location.folder / name for name in names], opener=open_torch)
+    return TensorSet([location.folder / name for name in names])
+
+
+def safe_name(name: str) -> str:
+    """What a weight file is called as safetensors."""
+    match = PICKLED.fullmatch(name)
+    return name if match is None else f"model{match[1] or ''}.safetensors"
 
 
 def stored_layers(tensors: Mapping[str, Any], bits: int | None = None) -> Iterator[StoredLayer]:

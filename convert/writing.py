@@ -13,6 +13,7 @@ from formats import Checkpoint, derived
 from formats.errors import NotSameError, RefusedError, UnreadableError
 from formats.ir import Array, QuantizedLinear, read
 from formats.layouts import PackedMatrix
+from formats.placement import PlacedTensor
 from formats.safetensors_file import DTYPES, TensorInfo
 from formats.scaled_zeros import scale_zeros
 from formats.spec import TensorSpec
@@ -227,8 +228,10 @@ class PlainWriter:
 
     def write(self, rows: slice, cols: slice, works: Works) -> tuple[Found | None, int]:
         (output, info), matrix = self._place, self.matrices[0]
-        info, leaves, written = replace(info, shape=matrix.grid), [], 0
-        for strip, part in _parts(rows, cols, matrix.itemsize, matrix.is_float()):
+        leaves, written = [], 0
+        turned = output.is_turned(info) or (isinstance(matrix.plain, PlacedTensor) and matrix.plain.place.turned)
+        info = replace(info, shape=matrix.grid)
+        for strip, part in [(rows, cols)] if turned else _parts(rows, cols, matrix.itemsize, matrix.is_float()):
             data = read(matrix.as_matrix(), strip, part, works[0])
             output.write(info, data, strip.start, part.start)
             written += data.nbytes
@@ -275,7 +278,7 @@ def _write_grid(
         zeros = moves.repeat_groups(grid, plan.repeat)
     if zeros is not None and spec.part == "zero_points":
         if spec.layout is None:
-            stored = (-zeros if spec.negated == "integer" else zeros).astype(DTYPES[spec.dtype])
+            stored = ((-zeros if spec.negated == "integer" else zeros) + spec.added).astype(DTYPES[spec.dtype])
             stored = -stored if spec.negated == "float" else stored
             output.write(info, stored.T if spec.transposed else stored, *((0, rows.start) if spec.transposed else (rows.start, 0)))
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from . import awq, compressed_tensors, dense, gptq, mindspore, msmodelslim
+from . import awq, compressed_tensors, dense, gptq, mindspore, msmodelslim, smooth_quant, turbomind
 from .checkpoint import Checkpoint, Location
 from .errors import RefusedError, UnreadableError, UsageError
 from .spec import FormatSpec, Variant
@@ -16,11 +16,13 @@ from .spec import FormatSpec, Variant
 __all__ = ["FORMATS", "Checkpoint", "Location", "check_writable", "detect", "find_format", "find_target", "open_checkpoint"]
 
 FORMATS: tuple[FormatSpec, ...] = (
+    turbomind.SPEC,
     msmodelslim.SPEC,
     awq.SPEC,
     gptq.SPEC,
     compressed_tensors.SPEC,
     mindspore.SPEC,
+    smooth_quant.SPEC,
     dense.SPEC,
 )
 

@@ -49,7 +49,10 @@ Quirks:
    ``w_bit`` and ``q_group_size``; vLLM and SGLang still take it.
 6. A missing ``quant_method`` key makes transformers and vLLM refuse the folder.
 7. How many groups a padded layer (gemv, gemv_fast) has only the config's group size says.
-8. The gemv_fast kernel adds the rounded ``-(scale * z)``, so it computes weights that differ from the law in float16's last
+8. LMDeploy's auto_awq wrote ``pytorch_model.bin``, float32 scales and no quantization_config until 0.3: such a folder is known by its
+   shapes. 0.4 has the config, 0.9 safetensors, 0.18 float16. Until 0.3 zero points are not clamped, so one of a group of one sign spilled
+   over its neighbours' lanes; nothing in the file says so.
+9. The gemv_fast kernel adds the rounded ``-(scale * z)``, so it computes weights that differ from the law in float16's last
    places; the zero point itself comes back exactly, and with it the weights that were quantized.
 """
 
@@ -67,6 +70,7 @@ from .ir import ArrayLike, QuantArgs, QuantizedLinear, QuantScheme
 from .layouts import PackedMatrix, PackLayout, TileLayout
 from .marlin import MARLIN, PermutedScales, scale_order
 from .qweight import QweightCheckpoint
+from .safetensors_file import TensorSet
 from .scaled_zeros import ScaledZeros
 from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
@@ -121,6 +125,26 @@ def quantization_of(location: Location) -> dict[str, Any] | None:
         found = {"quant_method": "awq", **(location.json(OLD_CONFIG) or {})}
     if found is not None and not isinstance(found, dict):
         raise UnreadableError(f"config.json: quantization_config is a {type(found).__name__}, wanted an object")
+    return found
+
+
+def is_gemm(tensors: TensorSet) -> bool:
+    """Whether the shapes of what nobody said anything of are the gemm layout's and no other's: words along the outputs, no g_idx."""
+    found = False
+    for name, words in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "g_idx":
+            return False
+        if leaf != "qweight":
+            continue
+        zeros, scales = tensors.get(f"{module}.qzeros"), tensors.get(f"{module}.scales")
+        if zeros is None or scales is None or not len(words.shape) == len(zeros.shape) == len(scales.shape) == 2:
+            return False
+        if (words.dtype, zeros.dtype, zeros.shape) != ("I32", "I32", (scales.shape[0], words.shape[1])) or scales.shape[
+            1
+        ] != 8 * words.shape[1]:
+            return False
+        found = True
     return found
 
 

@@ -185,9 +185,11 @@ class Checkpoint:
     attention     KV-cache scales and the like, by stored name; said: what the checkpoint's configs say of them
     config        config.json without its quantization_config, or None
     kept          bytes that the reader keeps in memory of what it made
+    sidecars      where config.json and the tokenizer lie, if not beside the weights
     """
 
     kept = 0
+    sidecars: Location | None = None
 
     def __init__(self, location: Location, format: str, variant: str, tensors: TensorSet) -> None:
         self.location = location
@@ -233,6 +235,12 @@ class Checkpoint:
         """The plain tensor ``name``, as a view."""
         info = self.tensors[name]
         return PlainTensor(name, info.dtype, info.shape, self.tensors.tensor(name))
+
+    def leave_out(self, ignored: Callable[[str], bool], why: str) -> None:
+        """Take plain tensors that a target has no use for out of the entries."""
+        names = {name for name in self.plain_names if ignored(name)}
+        self.left_out += [LeftOut(name, "always", "", why, "") for name in names]
+        self.entries = [(kind, name) for kind, name in self.entries if name not in names]
 
     def data_findings(self) -> list[Finding]:
         """Findings that only the data can make; reads small tensors. None by default."""

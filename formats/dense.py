@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .awq import Awq, is_gemm
 from .checkpoint import Checkpoint, Location
 from .errors import RefusedError
 from .meta_file import meta_files, meta_tensors
+from .safetensors_file import TensorSet
 from .spec import FLOAT_WEIGHTS, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 
 
@@ -33,14 +35,22 @@ def detect(location: Location) -> str | None:
 class Dense(Checkpoint):
     """Reader of float folders: every tensor is plain."""
 
-    def __init__(self, location: Location, variant: str) -> None:
-        super().__init__(location, "dense", variant, meta_tensors(location) if variant == "meta" else location.tensors())
+    def __init__(self, location: Location, variant: str, tensors: TensorSet | None = None) -> None:
+        super().__init__(location, "dense", variant, location.tensors() if tensors is None else tensors)
         if any(name.endswith((".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")) for name in self.tensors):
             raise RefusedError(
                 f"{location.folder.name}: holds quantized tensors, but config.json has no quantization_config that says how; "
                 "put back the config that came with the weights"
             )
         self.entries = [("plain", name) for name in self.tensors]
+
+
+def open_folder(location: Location, variant: str) -> Checkpoint:
+    """The reader of a folder whose config.json says nothing of quantization: float, or AWQ as LMDeploy up to 0.3 leaves it."""
+    if variant == "meta":
+        return Dense(location, variant, meta_tensors(location))
+    tensors = location.tensors()
+    return Awq(location, "gemm") if is_gemm(tensors) else Dense(location, variant, tensors)
 
 
 def outputs(layer: LayerTarget, variant: str) -> tuple[TensorSpec, ...]:
@@ -69,7 +79,7 @@ SPEC = FormatSpec(
         Variant("meta", "Llama as Meta publishes it: consolidated.00.pth and params.json", None, readers="Meta's llama"),
     ),
     detect=detect,
-    open=Dense,
+    open=open_folder,
     outputs=outputs,
     quantization_config=quantization_config,
     default_variant="hf",

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from .files import Readable
 from .safetensors_file import TensorTable
+
+
+class Part(Protocol):
+    """A file on the disk: its name, relative to the folder, its bytes, and the tensors of which it has (a part of) the data."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def tensors(self) -> Collection[str]: ...
 
 
 class LaidOut(Protocol):
@@ -37,7 +50,7 @@ class LaidOut(Protocol):
         ...
 
     @property
-    def parts(self) -> Sequence[LaidOutFile]:
+    def parts(self) -> Sequence[Part]:
         """The files; itself, if it is one."""
         ...
 

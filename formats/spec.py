@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .ir import ActOrder, Element, QuantizedLinear, QuantScheme, Strategy
 from .layouts import Layout
+from .safetensors_file import TensorInfo
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, Location
@@ -36,6 +38,7 @@ class TensorSpec:
                 "outer_zeros": zeros beside the outer scales; "smoothed_input_scale", "merged_bias", "zero_point_bias": Golden Stick's)
     transposed  scales and zero points are stored [groups, out] instead of [out, groups]
     negated     zero points that are added: negated once they are floats, so that 0 is -0.0, or while they are integers
+    added       to signed zero points that are stored as numbers
     columns     groups stored, where they are padded with zero bits; 0: the layer's own
     order       of so many outputs place i holds the scale of output ``order[i]``; (): as they come
     """
@@ -49,6 +52,7 @@ class TensorSpec:
     columns: int = 0
     order: tuple[int, ...] = ()
     negated: Literal["", "float", "integer"] = ""
+    added: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,8 @@ class ModelFacts:
     config        the model's config.json, None without one; folder: the name of the model's folder
     fused         linears that engines fuse are to be stored as one, where the format can
     ranks         of tensor parallelism that it is to be written for, where the format has parts for each
+    stored        the source's tensors by name
+    model_name    what the user calls the model, "" for what the format would
     """
 
     layers: tuple[LayerTarget, ...]
@@ -115,6 +121,8 @@ class ModelFacts:
     folder: str = ""
     fused: bool = False
     ranks: int = 1
+    stored: Mapping[str, TensorInfo] = field(default_factory=dict)
+    model_name: str = ""
 
 
 def input_kind(scheme: QuantScheme, has_scale: bool) -> InputKind | None:
@@ -227,6 +235,9 @@ class FormatSpec:
                          are quantized in a way, for a model of a dtype ("BF16", "F16", "F32"; None: unknown)
     objection            why a layer as it would be spelled cannot be, or None
     owner_writes_only    its tool refuses files that others may write
+    ignores              whether a plain tensor is left out, since the engine computes it itself
+    sidecars             writes everything but the weights into a folder, from the model's and for a variant; what is missing, in words.
+                         None: as a Hugging Face folder has it
     """
 
     name: str
@@ -245,6 +256,8 @@ class FormatSpec:
     derived: Callable[[QuantizedLinear, InputKind | None, str | None], tuple[tuple[str, str], ...]] = _no_derived
     objection: Callable[[LayerTarget, str], Objection | None] = lambda layer, variant: None
     owner_writes_only: bool = False
+    ignores: Callable[[str], bool] = lambda name: False
+    sidecars: Callable[[ModelFacts, str, Location, Path], list[str]] | None = None
     default_variant: str = field(default="")
 
     def variant(self, name: str) -> Variant | None:

@@ -75,11 +75,12 @@ ZOO = (
 
 @dataclass(frozen=True)
 class Goldens:
-    """What a real tool wrote: the folders of ``fixtures/<folder>``, by their names."""
+    """What a real tool wrote: the folders of ``fixtures/<folder>``, by their names. whole: models that a workspace can hold."""
 
     name: str
     folder: str
     unreadable: tuple[str, ...] = ()
+    whole: bool = False
 
     @property
     def places(self) -> dict[str, Path]:
@@ -90,6 +91,7 @@ class Goldens:
 GOLDENS = (
     Goldens("As msModelSlim wrote it: quantized inputs and KV cache", "msmodelslim_w8", ("w8a8_numpy_fp16",)),
     Goldens("As llm-compressor wrote it: compressed-tensors", "compressed_tensors"),
+    Goldens("As LMDeploy wrote it: AWQ, smooth_quant, TurboMind", "lmdeploy", ("fp16_v010_tp2_sha256.json",), True),
     Goldens("As Golden Stick wrote it: MindSpore", "golden_stick", ("config.json", "ptq_c8_gs060.ckpt", "ptq_c8_gs120_f16.ckpt")),
 )
 SECTIONS: tuple[Scheme | Goldens, ...] = (*ZOO, *GOLDENS)
@@ -150,9 +152,15 @@ def shuffle_groups(folder: Path) -> None:
         (folder / config_name).write_text(json.dumps(config))
 
 
-def variants() -> list[str]:
-    """Every variant that can be written, as ``format:variant``."""
-    return [f"{spec.name}:{variant.name}" for spec in FORMATS for variant in spec.variants if variant.holds is not None]
+def variants(whole: bool = False) -> list[str]:
+    """Every variant that can be written, as ``format:variant``. whole: those too that hold nothing but whole models."""
+    specs = [spec for spec in FORMATS if whole or spec.name != "turbomind"]
+    return [f"{spec.name}:{variant.name}" for spec in specs for variant in spec.variants if variant.holds is not None]
+
+
+def is_whole(section: Scheme | Goldens) -> bool:
+    """Whether its checkpoints are whole models; the zoo's are a few linears."""
+    return isinstance(section, Goldens) and section.whole
 
 
 def sources(folder: Path, scheme: Scheme | Goldens) -> dict[str, Path]:
@@ -202,7 +210,7 @@ def edges(folder: Path) -> Iterator[tuple[Scheme | Goldens, str, str, Path, Plan
     """(scheme, source variant, target variant, source folder, plan) of every edge."""
     for number, scheme in enumerate(SECTIONS):
         for source, place in sources(folder / str(number), scheme).items():
-            for target in variants():
+            for target in variants(is_whole(scheme)):
                 yield scheme, source, target, place, plan(place, target)
 
 
@@ -216,18 +224,19 @@ def table(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
 
 def render(cells: dict[str, dict[str, dict[str, str]]]) -> str:
     """docs/edges.md."""
-    targets = variants()
     lines = [
         "# From every format to every format",
         "",
         "Made by `scripts/edge_table.py`; `tests/test_edges.py` runs every edge. Rows are sources, columns targets. *exact*: every",
         "weight bit for bit, *by* a named move where groups or codes are spelled in another way. *rounded*: done by default, measured,",
         "refused by `--strict`. *refused*: by the code that `weighbridge plan` explains. A format that cannot hold a scheme as it is",
-        "has no row for it. `vllm-ascend` and `mindie` are dialects that are read as what they are dialects of. The last three tables",
+        "has no row for it. `vllm-ascend` and `mindie` are dialects that are read as what they are dialects of. The last four tables",
         "start from the fixtures of those names, so that each of the tools' schemes is there.",
+        "TurboMind's workspaces hold whole models, and only LMDeploy's fixtures are some: they have columns there.",
         "`dense` and `mindspore:float` hold float16 here; with `--scale-dtype float32` they are exact.",
     ]
     for scheme, rows in cells.items():
+        targets = list(next(iter(rows.values())))
         lines += ["", f"## {scheme}", "", "| from | " + " | ".join(targets) + " |", "|" + " --- |" * (len(targets) + 1)]
         lines += [f"| {source} | " + " | ".join(row[target] for target in targets) + " |" for source, row in rows.items()]
     return "\n".join(lines) + "\n"

@@ -201,7 +201,7 @@ def test_a_vocabulary_that_does_not_divide_stays_whole_and_other_tensors_are_ref
     said = fails(3, "convert", bare, tmp_path / "out", "--to", "mindspore:hf", "--tp", "2")
     assert "convert without --tp, or to mindspore:gs1.2" in said
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UsageError, match=r"--tp 2: says something to --to mindspore only"):
+    with pytest.raises(UsageError, match=r"--tp 2: says something to --to mindspore and --to turbomind only"):
         plan(source, "awq", tp=2)
     with pytest.raises(UsageError, match=r"--tp 0: wanted 1 or more"):
         plan(source, "mindspore", tp=0)

@@ -90,6 +90,20 @@ def mindspore(data: bytes, place: Path) -> None:
     assert {name: again.array(name).tobytes() for name in again.tensors} == contents
 
 
+def workspaces(data: bytes, place: Path) -> None:
+    """A TurboMind workspace whose configuration is other bytes: one says which, the rest is its text."""
+    source, name = (("w4_v010_tp2", "config.ini"), ("w4_v092_tp1", "config.yaml"))[data[0] % 2 if data else 0]
+    shutil.rmtree(place, ignore_errors=True)
+    weights_of = place / "triton_models" / "weights"
+    weights_of.mkdir(parents=True)
+    for path in (FIXTURES / "lmdeploy" / source / "triton_models" / "weights").iterdir():
+        (weights_of / path.name).symlink_to(path)
+    (weights_of / name).unlink()
+    (weights_of / name).write_bytes(data[1:])
+    with contextlib.suppress(WeighbridgeError):
+        inspect(place)
+
+
 TARGETS: dict[str, Target] = {
     "header": header,
     "documents": documents,
@@ -97,6 +111,7 @@ TARGETS: dict[str, Target] = {
     "patterns": patterns,
     "pickles": pickles,
     "mindspore": mindspore,
+    "workspaces": workspaces,
 }
 
 
@@ -137,6 +152,11 @@ def seeds(target: str) -> Iterator[bytes]:
             content = path.read_bytes()
             if len(content) < 1 << 16:
                 yield content
+    elif target == "workspaces":
+        for number, path in enumerate(
+            sorted(FIXTURES.glob("lmdeploy/w4_v0*/triton_models/weights/config.*"), key=lambda path: path.suffix)
+        ):
+            yield bytes([int(path.suffix == ".yaml")]) + path.read_bytes() + b"\n" * number
     elif target == "mindspore":
         for path in FIXTURES.glob("mindspore/*.ckpt"):
             if path.stat().st_size < 1 << 14:

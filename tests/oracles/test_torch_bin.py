@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from convert import convert, inspect, verify
+from convert.mending import doctor
 from formats.errors import UnreadableError
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "awq_gptq"
@@ -160,3 +161,18 @@ def test_a_list_of_tensors_is_no_checkpoint(torch: Any, tmp_path: Path) -> None:
     source = bin_folder(CASES[0], tmp_path / "source", lambda tensors, path: torch.save(list(tensors.values()), path))
     with pytest.raises(UnreadableError, match="wanted a dictionary of tensors"):
         convert(source, tmp_path / "out", "gptq")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_folder_as_lmdeploy_0_1_left_it_is_read_and_mended(shards: int, torch: Any, tmp_path: Path) -> None:
+    """Pickled, with float32 scales and no quantization config: the weights of its safetensors twin, byte for byte."""
+    twin = FIXTURES.parent / "lmdeploy" / "awq_v010"
+    source = bin_folder("../lmdeploy/awq_v010", tmp_path / "source", torch.save, shards)
+    assert verify(twin, source).same
+    found = doctor(source)
+    assert {"pickled", "config-missing"} <= {ailment.code for ailment in found.ailments}
+    assert doctor(source, tmp_path / "mended").healthy
+    assert not list((tmp_path / "mended").glob("*.bin*"))
+    config = json.loads((tmp_path / "mended/config.json").read_text("utf-8"))["quantization_config"]
+    assert (config["quant_method"], config["version"], config["bits"], config["group_size"]) == ("awq", "gemm", 4, 128)
+    assert verify(twin, tmp_path / "mended").left.digest == verify(twin, tmp_path / "mended").right.digest

@@ -1,0 +1,291 @@
+"""What a TurboMind workspace says of itself, and what it must say: ``config.ini`` until 0.5, ``config.yaml`` since 0.6.
+
+Defined by LMDeploy 0.1.0 (``turbomind/deploy/target_model/base.py``) and 0.9.2 (``turbomind/deploy/config.py``). Of what is read, only
+sizes matter here; what is written has every key in the tool's order, since engines up to 0.1 know no defaults.
+
+``session_len`` is that of the chat template called ``model_name``, and 8 more. In 0.1 the hidden size is ``head_num`` heads of 128.
+"""
+
+from __future__ import annotations
+
+import configparser
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import RefusedError, UnreadableError, UsageError
+from .turbomind_tree import HEAD, Geometry
+
+INI, YAML = "config.ini", "config.yaml"
+_MOST_BYTES, _MOST, _WIDEST = 1 << 20, 1 << 24, 1 << 20
+
+SESSIONS = {
+    "internlm": 2048, "llama": 2048, "base": 2048, "wizardlM": 2048, "vicuna": 2048, "internlm-chat": 2048, "internlm-chat-7b": 2048,
+    "internlm-chat-20b": 8192, "internlm-chat-7b-8k": 8192, "internlm-20b": 4096, "baichuan-7b": 2048, "baichuan2-7b": 2048,
+    "puyu": 2048, "llama2": 4096, "qwen-14b": 8192, "qwen-7b": 8192, "codellama": 4096, "solar": 2048, "ultracm": 2048,
+    "ultralm": 2048, "yi": 2048,
+}  # fmt: skip
+"""Chat templates of LMDeploy 0.1.0 with the tokens that a session of each has."""
+
+_FLOATS = {"fp16": "F16", "fp32": "F16", "bf16": "BF16", "float16": "F16", "half": "F16", "bfloat16": "BF16"}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The sections of a config.ini or config.yaml. UnreadableError if it is none."""
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            raise UnreadableError(f"{path.name}: is no file of at most {_MOST_BYTES} bytes; wanted a workspace's configuration")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnreadableError(f"{path.name}: cannot be read ({error})") from None
+    try:
+        if path.suffix == ".ini":
+            parser = configparser.ConfigParser(interpolation=None)
+            parser.read_string(text)
+            return {name: dict(parser[name]) for name in parser.sections()}
+        found = yaml.safe_load(text)
+    except (configparser.Error, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UnreadableError(f"{path.name}: {' '.join(str(error).split())[:200]}; it is damaged") from None
+    if not isinstance(found, dict):
+        raise UnreadableError(f"{path.name}: holds a {type(found).__name__}, wanted sections")
+    return found
+
+
+class _Section:
+    """A section whose values are checked as they are read."""
+
+    def __init__(self, file: str, sections: Mapping[str, Any], name: str) -> None:
+        found = sections.get(name)
+        if not isinstance(found, Mapping):
+            raise UnreadableError(f"{file}: has no section {name}; it is damaged, or no workspace's")
+        self.file, self.values = file, found
+
+    def number(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number in bounds."""
+        said = self.values.get(key, default)
+        try:
+            value = int(str(said))
+        except ValueError:
+            value = -1
+        if not least <= value <= _MOST:
+            raise UnreadableError(f"{self.file}: {key} is {said!r}, wanted a whole number from {least} to {_MOST}")
+        return value
+
+    def numbers(self, key: str, count: int) -> tuple[int, ...]:
+        """One whole number for each of ``count`` layers, said once or as a list."""
+        said = self.values.get(key)
+        if not isinstance(said, list):
+            return (self.number(key),) * count
+        if len(said) != count or not all(isinstance(value, int) and 0 < value <= _MOST for value in said):
+            raise UnreadableError(f"{self.file}: {key} is a list of {len(said)}, wanted a whole number for each of {count} layers")
+        return tuple(said)
+
+    def dtype(self, key: str) -> str:
+        """ "F16", "BF16" or "" for int4."""
+        said = str(self.values.get(key))
+        if said != "int4" and said not in _FLOATS:
+            raise UnreadableError(f"{self.file}: {key} is {said!r}, wanted int4, fp16 or bf16")
+        return _FLOATS.get(said, "")
+
+
+def geometry_of_ini(sections: Mapping[str, Any]) -> Geometry:
+    """The sizes that a config.ini says. RefusedError for groups that LMDeploy itself wrote wrongly."""
+    said = _Section(INI, sections, "llama")
+    head, heads, dtype = said.number("size_per_head", HEAD), said.number("head_num"), said.dtype("weight_type")
+    group = said.number("group_size", 0, 0) if not dtype else 0
+    if not dtype and group != HEAD:
+        raise RefusedError(
+            f"{INI}: group_size is {group}, and LMDeploy up to 0.5 puts q and k of other groups than {HEAD} in an order that fits nothing; "
+            "convert the AWQ folder that it was made of"
+        )
+    layers, inter = said.number("num_layer"), said.number("inter_size")
+    tp, kv = said.number("tensor_para_size", 1), said.number("kv_head_num", heads)
+    vocabulary, bias = said.number("vocab_size"), said.number("attn_bias", 0, 0)
+    shape = Geometry(
+        True, dtype or "F16", tp, heads * head, heads, kv, (inter,) * layers, vocabulary, vocabulary, group, head, bool(bias)
+    )  # fmt: skip
+    check_divides(shape, INI, UnreadableError)
+    return shape
+
+
+def geometry_of_yaml(sections: Mapping[str, Any]) -> Geometry:
+    """The sizes that a config.yaml says. RefusedError for experts and latent attention."""
+    said = _Section(YAML, sections, "model_config")
+    odd = [key for key in ("expert_num", "q_lora_rank", "kv_lora_rank", "qk_norm") if _is_set(said.values.get(key))]
+    if odd:
+        raise RefusedError(
+            f"{YAML}: {odd[0]} is {said.values[odd[0]]}: such models are not read yet; convert the folder that it was made of"
+        )
+    ranks = {said.number(key) for key in ("tp", "attn_tp_size", "mlp_tp_size") if key in said.values}
+    if len(ranks) > 1:
+        raise RefusedError(f"{YAML}: attention and feed-forward have {sorted(ranks)} ranks; workspaces with one number are read")
+    layers, heads, dtype = said.number("num_layer"), said.number("head_num"), said.dtype("weight_type")
+    vocabulary = said.number("vocab_size")
+    shape = Geometry(
+        False,
+        dtype or "F16",
+        ranks.pop() if ranks else 1,
+        said.number("hidden_units"),
+        heads,
+        said.number("kv_head_num"),
+        said.numbers("inter_size", layers),
+        said.number("embedding_size", 0, 0) or vocabulary,
+        vocabulary,
+        0 if dtype else said.number("group_size"),
+        said.number("size_per_head"),
+        bool(said.number("attn_bias", 0, 0)),
+        turned_output="attn_tp_size" in said.values,
+    )
+    check_divides(shape, YAML, UnreadableError)
+    return shape
+
+
+def _is_set(value: Any) -> bool:
+    return any(value) if isinstance(value, Sequence) and not isinstance(value, str) else bool(value)
+
+
+def check_divides(shape: Geometry, where: str, error: type[UnreadableError] | type[RefusedError]) -> None:
+    """An error if the ranks do not share the model out, or a rank's part does not fill whole groups and tiles."""
+    tp = shape.tp
+    if tp & (tp - 1) or tp > 1024:
+        raise error(f"{where}: {tp} ranks of tensor parallelism, wanted a power of two up to 1024; choose another --tp")
+    if shape.layers > 4096:
+        raise error(f"{where}: {shape.layers} layers, wanted 4096 at most; it is damaged")
+    if shape.head % 32 or shape.group % 32:
+        raise error(f"{where}: heads of {shape.head}, groups of {shape.group}: not whole tiles of 32; TurboMind could not serve it")
+    if max(shape.heads * shape.head, shape.kv * shape.head, shape.hidden, *shape.intermediate) > _WIDEST:
+        raise error(f"{where}: a matrix has more than {_WIDEST} inputs or outputs; it is damaged")
+    parts: list[tuple[str, int, int]] = [("query heads", shape.heads, tp), ("key heads", shape.kv, tp), ("hidden size", shape.hidden, 1)]
+    parts += [(f"feed-forward size of layer {number}", inter, tp) for number, inter in enumerate(shape.intermediate)]
+    if shape.group:
+        heads = shape.heads * shape.head
+        parts += [(f"hidden size in groups of {shape.group}", shape.hidden, shape.group)]
+        parts += [(f"attention size in groups of {shape.group}", heads, tp * shape.group)]
+        parts += [
+            (f"feed-forward size of layer {number} in groups of {shape.group}", inter, tp * shape.group)
+            for number, inter in enumerate(shape.intermediate)
+        ]
+    for what, size, by in parts:
+        if size % by:
+            raise error(f"{where}: {what} is {size}, which {by} does not divide for {tp} ranks; choose another --tp")
+
+
+def first_id(said: Any, default: int) -> int:
+    """A token's id in config.json, the first of several."""
+    said = said[0] if isinstance(said, list) and said else said
+    return said if isinstance(said, int) and not isinstance(said, bool) else default
+
+
+def ini_of(shape: Geometry, config: Mapping[str, Any], model_name: str) -> dict[str, Any]:
+    """What 0.1.0 writes into config.ini. config: the model's config.json."""
+    longest = config.get("max_position_embeddings", 0)
+    weight_type = "int4" if shape.group else {"F16": "fp16", "BF16": "bf16"}[shape.dtype]
+    llama = {
+        "model_name": model_name,
+        "tensor_para_size": shape.tp,
+        "head_num": shape.heads,
+        "kv_head_num": shape.kv,
+        "vocab_size": shape.vocabulary,
+        "num_layer": shape.layers,
+        "inter_size": shape.intermediate[0],
+        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "attn_bias": int(shape.qkv_bias),
+        "start_id": first_id(config.get("bos_token_id"), 1),
+        "end_id": first_id(config.get("eos_token_id"), 2),
+        "session_len": SESSIONS.get(model_name, longest or 2048) + 8,
+        "weight_type": weight_type,
+        "rotary_embedding": shape.head,
+        "rope_theta": float(config.get("rope_theta") or 10000.0),
+        "size_per_head": shape.head,
+        "group_size": shape.group,
+        "max_batch_size": 64,
+        "max_context_token_num": 1,
+        "step_length": 1,
+        "cache_max_entry_count": 0.5,
+        "cache_block_seq_len": 128,
+        "cache_chunk_size": 1,
+        "use_context_fmha": 1,
+        "quant_policy": 0,
+        "max_position_embeddings": int(longest),
+        "rope_scaling_factor": 0.0,
+        "use_logn_attn": 0,
+    }
+    return {"llama": llama}
+
+
+def yaml_of(shape: Geometry, config: Mapping[str, Any], model_name: str, source: str) -> dict[str, Any]:
+    """What 0.9.2 writes into config.yaml. source: what LMDeploy calls the format that was converted ("awq", "gptq", "hf")."""
+    if _is_set(config.get("rope_scaling")):
+        raise RefusedError(f"rope_scaling: {config['rope_scaling']} in config.json is not written into {YAML} yet; load the folder itself")
+    longest = int(config.get("max_position_embeddings", 0))
+    architectures = config.get("architectures")
+    rope = {
+        "attention_factor": 1.0, "base": float(config.get("rope_theta") or 10000.0), "beta_fast": 32, "beta_slow": 1, "dim": shape.head,
+        "factor": 1.0, "high_freq_factor": None, "low_freq_factor": None, "max_position_embeddings": None, "mrope_section": None,
+        "original_max_position_embeddings": None, "type": "default",
+    }  # fmt: skip
+    attention = {
+        "cache_block_seq_len": 64, "max_position_embeddings": longest, "rope_param": rope, "softmax_scale": 0.0, "use_logn_attn": 0,
+    }  # fmt: skip
+    model = {
+        "attn_bias": int(shape.qkv_bias), "attn_tp_size": shape.tp, "chat_template": model_name, "embedding_size": shape.vocabulary,
+        "expert_inter_size": 0, "expert_num": [], "experts_per_token": 0, "group_size": shape.group, "head_num": shape.heads,
+        "hidden_units": shape.hidden, "inter_size": list(shape.intermediate), "kv_head_num": shape.kv, "kv_lora_rank": 0,
+        "mlp_tp_size": shape.tp,
+        "model_arch": architectures[0] if isinstance(architectures, list) and architectures else "LlamaForCausalLM",
+        "model_format": source, "model_name": model_name, "moe_group_num": 1, "moe_shared_gate": False,
+        "norm_eps": float(config.get("rms_norm_eps", 1e-6)), "norm_topk_prob": False, "num_layer": shape.layers, "q_lora_rank": 0,
+        "qk_norm": False, "qk_rope_dim": 0, "routed_scale": 1.0, "session_len": longest or 2048, "size_per_head": shape.head,
+        "tokenizer_size": shape.output, "topk_group": 1, "topk_method": "greedy", "tune_layer_num": 1, "v_head_dim": 0,
+        "vocab_size": shape.output, "weight_type": "int4" if shape.group else {"F16": "float16", "BF16": "bfloat16"}[shape.dtype],
+    }  # fmt: skip
+    lora = {
+        "lora_max_wo_r": 0, "lora_policy": "", "lora_r": 0, "lora_rank_pattern": "", "lora_scale": 0.0, "lora_scale_pattern": "",
+    }  # fmt: skip
+    return {"attention_config": attention, "lora_config": lora, "model_config": model}
+
+
+def old_yaml_of(shape: Geometry, config: Mapping[str, Any], model_name: str, source: str) -> dict[str, Any]:
+    """What 0.6.0 writes into config.yaml."""
+    found = yaml_of(shape, config, model_name, source)
+    longest = found["attention_config"]["max_position_embeddings"]
+    kept = (
+        "attn_bias", "chat_template", "group_size", "head_num", "hidden_units", "kv_head_num", "model_arch", "model_format", "model_name",
+        "norm_eps", "num_layer", "session_len", "size_per_head", "vocab_size",
+    )  # fmt: skip
+    model = {
+        **{key: found["model_config"][key] for key in kept},
+        "end_id": first_id(config.get("eos_token_id"), 2),
+        "inter_size": shape.intermediate[0],
+        "start_id": first_id(config.get("bos_token_id"), 1),
+        "tp": shape.tp,
+        "weight_type": "int4" if shape.group else {"F16": "fp16", "BF16": "bf16"}[shape.dtype],
+    }
+    attention = {
+        "cache_block_seq_len": 64, "high_freq_factor": 1.0, "low_freq_factor": 1.0, "max_position_embeddings": longest,
+        "original_max_position_embeddings": 0, "rope_scaling_factor": 0.0, "rope_scaling_type": "",
+        "rope_theta": float(config.get("rope_theta") or 10000.0), "rotary_embedding": shape.head, "use_dynamic_ntk": 0,
+        "use_logn_attn": 0,
+    }  # fmt: skip
+    return {**found, "attention_config": attention, "model_config": model}
+
+
+def text_of(name: str, sections: Mapping[str, Any]) -> str:
+    """The text of a config.ini or config.yaml."""
+    if not name.endswith(".ini"):
+        return str(yaml.safe_dump(dict(sections)))
+    lines = []
+    for section, values in sections.items():
+        lines += [f"[{section}]", *(f"{key} = {value}" for key, value in values.items()), ""]
+    return "\n".join(lines) + "\n"
+
+
+def check_model_name(name: str) -> str:
+    """``name`` if it can stand in a configuration. UsageError for what cannot."""
+    if not name or len(name) > 200 or any(not (letter.isalnum() or letter in "-_./") for letter in name):
+        raise UsageError(
+            f"--model-name {name!r}: wanted the name of one of LMDeploy's chat templates, such as {', '.join(list(SESSIONS)[5:8])}"
+        )
+    return name
