@@ -153,10 +153,8 @@ def seeds(target: str) -> Iterator[bytes]:
             if len(content) < 1 << 16:
                 yield content
     elif target == "workspaces":
-        for number, path in enumerate(
-            sorted(FIXTURES.glob("lmdeploy/w4_v0*/triton_models/weights/config.*"), key=lambda path: path.suffix)
-        ):
-            yield bytes([int(path.suffix == ".yaml")]) + path.read_bytes() + b"\n" * number
+        for path in FIXTURES.glob("lmdeploy/w4_v0*/triton_models/weights/config.*"):
+            yield bytes([path.suffix == ".yaml"]) + path.read_bytes()
     elif target == "mindspore":
         for path in FIXTURES.glob("mindspore/*.ckpt"):
             if path.stat().st_size < 1 << 14:
