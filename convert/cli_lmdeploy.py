@@ -6,7 +6,7 @@ import typer
 
 from formats.errors import UsageError
 
-from .cli_options import JSON
+from .cli_options import DEVICE, JSON
 from .cli_quantize import core
 from .terminal import Failing, echo, parse_size, print_json, print_table
 
@@ -16,6 +16,41 @@ lmdeploy = typer.Typer(
     pretty_exceptions_enable=False,
     help="What LMDeploy's `lite` did for TurboMind's KV cache, as files that its engines read.",
 )
+
+
+@lmdeploy.command("calibrate", cls=Failing)
+def calibrate(
+    model: str = typer.Argument(..., help="The model's folder."),
+    calib: str = typer.Option(
+        ..., "--calib", metavar="FILE|NAME", help="Text: a .jsonl, .json or plain file; or c4, wikitext2, ptb, pileval from the hub."
+    ),
+    samples: int = typer.Option(128, "--samples", min=1, help="Windows of the text."),
+    seqlen: int = typer.Option(2048, "--seqlen", min=1, help="Tokens of a window."),
+    work_dir: str = typer.Option("./quant_output", "--work-dir", metavar="DIR", help="Where to write; made if it is not there."),
+    device: str = DEVICE,
+    json: bool = JSON,
+) -> None:
+    """Statistics of keys, values, and every linear's input and output, in float16, one decoder layer at a time."""
+    with core():
+        from quantize.lmdeploy_calibration import calibrate as function
+        from quantize.progress import shown
+
+    with shown(quiet=json) as progress:
+        result = function(
+            model,
+            calib,
+            samples=samples,
+            seqlen=seqlen,
+            work_dir=work_dir,
+            device=device,
+            progress=None if progress is None else lambda what, done, of: progress(what, done, of, None),
+        )
+    if json:
+        print_json(result.to_json())
+        return
+    echo(f"{result.folder}: {result.layers} layers, {result.samples} samples of {result.length} tokens: {', '.join(result.files)}")
+    for note in result.notes:
+        echo(f"note: {note}")
 
 
 @lmdeploy.command("kv-qparams", cls=Failing)
