@@ -34,7 +34,7 @@ def quantize(
         ...,
         "--recipe",
         metavar="NAME|FILE.yaml",
-        help="w8a8, w8a8-dynamic, w8a8-kv8, w8a8-sparse, w8a16, w4a16-rtn, -gptq, -awq, or a file.",
+        help="w8a8, w8a8-dynamic, w8a8-kv8, w8a8-sparse, w8a16, w4a16-rtn, -gptq, -awq, lmdeploy-awq, lmdeploy-awq-0.1, or a file.",
     ),
     to: str = TO,
     device: str = DEVICE,

@@ -34,7 +34,7 @@ from formats.lmdeploy_statistics import FILES, MOMENTS, RANGES, twin_tensors
 
 from .attention import Attention, attention_modules, wrapped_attention
 from .blocks import Blocks, States, advance
-from .devices import resolve
+from .devices import HOST, resolve
 from .lmdeploy_text import windows_of
 from .samples import tokenizer_of
 from .stage import Progress
@@ -175,7 +175,7 @@ def calibrate(
     samples: int = 128,
     seqlen: int = 2048,
     work_dir: str | os.PathLike[str] = "./quant_output",
-    device: str = "cpu",
+    device: str = HOST,
     progress: Progress | None = None,
 ) -> Calibrated:
     """Write a model's statistics into ``work_dir``, which is made if it is not there: ``.pth`` for LMDeploy, and their safetensors twins.
@@ -209,7 +209,7 @@ def calibrate(
     return Calibrated(place, tuple(makers), len(blocks), len(windows), int(windows[0].shape[1]), tuple(notes))
 
 
-def observe(blocks: Blocks, samples: Sequence[Tensor], *, device: str = "cpu", progress: Progress | None = None) -> Observations:
+def observe(blocks: Blocks, samples: Sequence[Tensor], *, device: str = HOST, progress: Progress | None = None) -> Observations:
     """Run a decoder on ``samples``, [1, tokens] int64 each, one layer after the other, and watch it."""
     lengths = {tuple(sample.shape) for sample in samples}
     if len(lengths) != 1 or len(next(iter(lengths))) != 2 or next(iter(lengths))[0] != 1:
