@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checking import CheckReport, check
     from .engine import Result, convert, run
+    from .footprint import Footprint, inference_memory
     from .inspection import Report, inspect
+    from .lmdeploy_config import Policy, quant_policy
+    from .lmdeploy_kv import KvScales, kv_qparams
     from .mending import Diagnosis, doctor
     from .planning import plan
     from .proof import Fingerprint
@@ -18,8 +21,9 @@ if TYPE_CHECKING:
     from .verification import Verdict, fingerprint, verify
 
 __all__ = [
-    "CheckReport", "Diagnosis", "Fingerprint", "Plan", "Report", "Result", "ServeReport", "Unfinished", "Verdict",
-    "check", "clean", "convert", "doctor", "fingerprint", "inspect", "plan", "run", "serve_check", "verify",
+    "CheckReport", "Diagnosis", "Fingerprint", "Footprint", "KvScales", "Plan", "Policy", "Report", "Result", "ServeReport", "Unfinished",
+    "Verdict", "check", "clean", "convert", "doctor", "fingerprint", "inference_memory", "inspect", "kv_qparams", "plan", "quant_policy",
+    "run", "serve_check", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -27,7 +31,8 @@ _HOMES = {
     "verify": "verification", "Verdict": "verification", "fingerprint": "verification", "Fingerprint": "proof",
     "inspect": "inspection", "Report": "inspection", "check": "checking", "CheckReport": "checking",
     "doctor": "mending", "Diagnosis": "mending", "clean": "staging", "Unfinished": "staging",
-    "serve_check": "serving", "ServeReport": "serving",
+    "serve_check": "serving", "ServeReport": "serving", "inference_memory": "footprint", "Footprint": "footprint",
+    "kv_qparams": "lmdeploy_kv", "KvScales": "lmdeploy_kv", "quant_policy": "lmdeploy_config", "Policy": "lmdeploy_config",
 }  # fmt: skip
 
 

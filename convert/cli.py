@@ -9,6 +9,7 @@ import typer
 from formats import FORMATS
 from formats.errors import NotSameError, RefusedError
 
+from .cli_lmdeploy import lmdeploy, memory
 from .cli_options import (
     ALLOW,
     BASE_MODEL,
@@ -380,8 +381,9 @@ def serve_check(
         raise SystemExit(NotSameError.exit_code)
 
 
-for command in (quantize, evaluate, analyze, tune, calibration):
+for command in (quantize, evaluate, analyze, tune, calibration, memory):
     app.command(cls=Failing)(command)
+app.add_typer(lmdeploy, name="lmdeploy")
 
 
 def main() -> None:

@@ -34,7 +34,8 @@ def quantize(
         ...,
         "--recipe",
         metavar="NAME|FILE.yaml",
-        help="w8a8, w8a8-dynamic, w8a8-kv8, w8a8-sparse, w8a16, w4a16-rtn, -gptq, -awq, gs-rtn-a16w8, gs-smooth-a8w8, gs-ptq, or a file.",
+        help="w8a8, w8a8-dynamic, w8a8-kv8, w8a8-sparse, w8a16, w4a16-rtn, -gptq, -awq, gs-rtn-a16w8, gs-smooth-a8w8, gs-ptq, "
+        "lmdeploy-awq, or a file.",
     ),
     to: str = TO,
     device: str = DEVICE,

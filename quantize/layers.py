@@ -36,6 +36,7 @@ class QuantizedLayer:
     quant_bias             [out] int32: round(bias / deq_scale - sum over in of codes * input_offset)
     g_idx                  [in] int32, the group of each input where those are not in order (GPTQ's act order), else None
     weight_error           relative error of the weight: ||fake - weight|| / ||weight||
+    repaired               groups that a tool would have written wrongly, and that are right here
     """
 
     name: str
@@ -55,6 +56,7 @@ class QuantizedLayer:
     quant_bias: Tensor | None = None
     g_idx: Tensor | None = None
     weight_error: float = 0.0
+    repaired: int = 0
 
 
 def check_linear(name: str, linear: nn.Linear, config: QuantConfig) -> None:

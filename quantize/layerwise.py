@@ -34,7 +34,8 @@ from .compensated import awq_rounded, awq_scaled, gptq_rounded
 from .config import AntiOutlierConfig, QuantConfig
 from .devices import resolve
 from .layers import STATIC_TYPES, QuantizedLayer, check_linear
-from .methods import Awq, Gptq
+from .lmdeploy_awq import largest_inputs, lmdeploy_rounded, smooth_layer
+from .methods import Awq, Gptq, LmdeployAwq
 from .recipe import Recipe
 from .stage import FEATURE_SAMPLES, Progress, Stage, rounded_to_nearest
 from .streams import Stream, embed
@@ -52,6 +53,7 @@ class Job:
     anti_outlier    how their inputs are smoothed first, or None
     disable_level   so many linears of largest range_parm stay float
     gptq            settings, where the config's w_method is GPTQ; awq: the search for scales and clips, or None
+    lmdeploy_awq    LMDeploy's smoothing and rounding, or None
     """
 
     config: QuantConfig
@@ -60,13 +62,15 @@ class Job:
     disable_level: int = 0
     gptq: Gptq | None = None
     awq: Awq | None = None
+    lmdeploy_awq: LmdeployAwq | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, device: str) -> Job:
         """What a recipe says, on ``device``."""
         level = int(recipe.disable_level.removeprefix("L"))
         config, smooth = recipe.quant_config(device), recipe.anti_outlier_config(device)
-        return cls(config, recipe.mix_cfg, smooth, level, recipe.gptq_settings(), recipe.awq_settings())
+        methods = recipe.gptq_settings(), recipe.awq_settings(), recipe.lmdeploy_awq_settings()
+        return cls(config, recipe.mix_cfg, smooth, level, *methods)
 
     @property
     def is_searched(self) -> bool:
@@ -127,7 +131,7 @@ class LayerRun:
             check_anti_names(job.anti_outlier, blocks.model)
         self.device = resolve(job.config.dev_type, job.config.dev_id)
         wanted = {"smoothed": self.samples if job.config.use_kvcache_quant and not ranges_only else self.samples[:FEATURE_SAMPLES]}
-        if job.anti_outlier is not None:
+        if job.anti_outlier is not None or job.lmdeploy_awq is not None:
             wanted["float"] = self.samples
         if not ranges_only and (self._has_static() or job.config.use_fa_quant or job.is_searched):
             wanted["quantized"] = self.samples
@@ -202,7 +206,12 @@ class LayerRun:
 
     def _smooth(self, model: nn.Module, index: int) -> tuple[str, ...]:
         """Smooth the layer's subgraphs; their sources."""
-        config = self.job.anti_outlier
+        config, settings = self.job.anti_outlier, self.job.lmdeploy_awq
+        if settings is not None:
+            stream = self._streams["float"]
+            largest = largest_inputs(model, list(linears_of(model)), stream.inputs, stream.made)
+            size = self.job.config.group_size if self.job.config.is_per_group else -1
+            return smooth_layer(model, self.blocks.architecture, self.blocks.names[index], largest, settings, size)
         if config is None:
             return ()
         stream = self._streams["float"]
@@ -220,6 +229,8 @@ class LayerRun:
         self, model: nn.Module, index: int, linears: Mapping[str, nn.Linear], configs: Mapping[str, QuantConfig]
     ) -> Iterator[tuple[QuantizedLayer, Tensor]]:
         """The layer's linears, rounded as the job says."""
+        if self.job.lmdeploy_awq is not None:
+            return lmdeploy_rounded(linears, configs, self.job.lmdeploy_awq)
         if not self.job.is_searched or not configs:
             return rounded_to_nearest(linears, configs)
         inputs = self._streams["quantized"].inputs

@@ -8,7 +8,7 @@ from formats.errors import UsageError
 
 from .config import check_flags, check_number, check_whole
 
-__all__ = ["Awq", "Gptq"]
+__all__ = ["Awq", "Gptq", "LmdeployAwq"]
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,22 @@ class Awq:
         check_whole("grid", self.grid, low=1)
         check_whole("clip_tokens", self.clip_tokens, low=1)
         check_number("max_shrink", self.max_shrink, 0, 1)
+
+
+@dataclass(frozen=True)
+class LmdeployAwq:
+    """Settings of LMDeploy's ``auto_awq`` (``lmdeploy_awq``).
+
+    version    whose arithmetic: "0.1", until 0.4.1, or "0.4.2", since then
+    """
+
+    version: str = "0.4.2"
+
+    def __post_init__(self) -> None:
+        if self.version not in {"0.1", "0.4.2"}:
+            raise UsageError(f"version: {self.version!r} is not 0.1 (until 0.4.1) or 0.4.2 (and today)")
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it is the first arithmetic."""
+        return self.version == "0.1"

@@ -22,6 +22,7 @@ class LayerFigures:
     weight_error   ||rounded - weight|| / ||weight||
     range_parm     largest magnitude of its input over its spread: the larger, the worse a per-tensor scale fits; None: not observed
     output_error   ||y_q - y|| / ||y|| of its output, were it alone quantized; None: not measured
+    repaired       groups that a tool would have written wrongly, and that are right here
     """
 
     name: str
@@ -29,6 +30,7 @@ class LayerFigures:
     weight_error: float
     range_parm: float | None = None
     output_error: float | None = None
+    repaired: int = 0
 
     @property
     def leaf(self) -> str:

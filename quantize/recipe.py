@@ -7,6 +7,7 @@
     quant: {w_bit: 8, a_bit: 8, mm_tensor: false}        # QuantConfig's arguments
     gptq: {act_order: true, static_groups: true}         # Gptq's arguments, where quant says w_method: GPTQ; percdamp is quant's
     awq: {grid: 20}                                      # Awq's arguments: search scales and clips; left out: no search
+    lmdeploy_awq: {version: "0.1"}                       # LmdeployAwq's arguments: smooth and round as LMDeploy's auto_awq did
     kv_quant: {kv_sym: true}                             # QuantConfig.kv_quant's; left out: the cache stays float
     fa_quant: {fa_amp: 0}                                # QuantConfig.fa_quant's
     disable_level: L0                                    # Calibrator's
@@ -40,13 +41,14 @@ from formats.errors import UnreadableError, UsageError
 
 from .config import MIX_TYPES, AntiOutlierConfig, QuantConfig
 from .golden_stick_config import GoldenStick
-from .methods import Awq, Gptq
+from .methods import Awq, Gptq, LmdeployAwq
 
 __all__ = ["RECIPES", "Calibration", "Recipe", "load", "loads", "recipe_of"]
 
 RECIPES = (
     "w8a8", "w8a8-dynamic", "w8a8-kv8", "w8a8-sparse", "w8a16", "w4a16-rtn", "w4a16-gptq", "w4a16-awq",
     "gs-rtn-a16w8", "gs-smooth-a8w8", "gs-ptq", "gs-ptq-a8dynw8", "gs-ptq-a16w4", "gs-awq-a16w4", "gs-gptq-a16w4",
+    "lmdeploy-awq", "lmdeploy-awq-0.1",
 )  # fmt: skip
 """Names of the recipes that come with the package."""
 LARGEST = 1 << 20
@@ -79,6 +81,7 @@ AntiOutlierSection = _section("AntiOutlierSection", AntiOutlierConfig)
 GptqSection = _section("GptqSection", Gptq)
 AwqSection = _section("AwqSection", Awq)
 GoldenStickSection = _section("GoldenStickSection", GoldenStick)
+LmdeployAwqSection = _section("LmdeployAwqSection", LmdeployAwq)
 
 
 class KvQuant(_Section):
@@ -115,6 +118,7 @@ class Recipe(_Section):
     golden_stick: GoldenStickSection | None = None  # type: ignore[valid-type]
     gptq: GptqSection | None = None  # type: ignore[valid-type]
     awq: AwqSection | None = None  # type: ignore[valid-type]
+    lmdeploy_awq: LmdeployAwqSection | None = None  # type: ignore[valid-type]
     kv_quant: KvQuant | None = None
     fa_quant: FaQuant | None = None
     disable_level: str = Field(default="L0", pattern=r"^L(0|[1-9]\d*)$")
@@ -158,6 +162,21 @@ class Recipe(_Section):
             raise UsageError(f"is for weights alone, w_method MinMax and a_bit 16, not {config.w_method} and {config.a_bit}")
         return Awq(**self._settings(self.awq))
 
+    def lmdeploy_awq_settings(self) -> LmdeployAwq | None:
+        """LMDeploy's settings, or None. Raises UsageError as ``gptq_settings`` does."""
+        if self.lmdeploy_awq is None:
+            return None
+        config = self.quant_config()
+        if (config.w_bit, config.a_bit, config.w_method, config.w_sym, config.is_per_group) != (4, 16, "MinMax", False, True):
+            raise UsageError("is for weights alone: w_bit 4, a_bit 16, w_sym false, is_lowbit true, open_outlier false")
+        if (
+            self.awq is not None
+            or self.anti_outlier is not None
+            or self.mix_cfg.keys() - {k for k, v in self.mix_cfg.items() if v == "float"}
+        ):
+            raise UsageError("smooths by itself, and in one way: leave out awq, anti_outlier, and mix_cfg but for float")
+        return LmdeployAwq(**self._settings(self.lmdeploy_awq))
+
     @staticmethod
     def _settings(section: BaseModel | None) -> dict[str, Any]:
         return {} if section is None else section.model_dump()
@@ -173,6 +192,7 @@ class Recipe(_Section):
             or config.w_method == "GPTQ"
             or self.anti_outlier is not None
             or self.awq is not None
+            or self.lmdeploy_awq is not None
             or config.use_kvcache_quant
             or config.use_fa_quant
             or self.disable_level != "L0"
@@ -241,6 +261,7 @@ def loads(text: str, name: str = "recipe") -> Recipe:
             "anti_outlier": recipe.anti_outlier_config,
             "gptq": recipe.gptq_settings,
             "awq": recipe.awq_settings,
+            "lmdeploy_awq": recipe.lmdeploy_awq_settings,
         }
     )
     for section, make in checks.items():
@@ -349,6 +370,7 @@ def _keys() -> dict[Place, tuple[str, ...]]:
         "anti_outlier": AntiOutlierSection,
         "gptq": GptqSection,
         "awq": AwqSection,
+        "lmdeploy_awq": LmdeployAwqSection,
         "kv_quant": KvQuant,
         "fa_quant": FaQuant,
         "calibration": Calibration,

@@ -179,4 +179,10 @@ def _notes(outcome: Outcome, request: Request) -> list[str]:
         notes.append("no linear was quantized")
     if request.recipe.quant_config().model_quant_type in {"W8A8", "W8A8S"} and len(data) < 10:
         notes.append(f"{len(data)} calibration samples are few for static activations; msModelSlim's guide takes 10 to 50")
+    if repaired := sum(layer.repaired for layer in outcome.layers):
+        first = next(layer.name for layer in outcome.layers if layer.repaired)
+        notes.append(
+            f"{repaired} groups of weights of one sign (first in {first}) have a zero point outside of their codes in LMDeploy, which "
+            "writes it over its neighbours or clamps it; here their range reaches to 0"
+        )
     return notes

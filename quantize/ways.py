@@ -16,7 +16,7 @@ import xxhash
 
 from convert.staging import workshop
 from formats.checkpoint import Checkpoint, Location
-from formats.errors import DestinationError
+from formats.errors import DestinationError, UsageError
 
 from .anti_outlier import AntiOutlier
 from .architectures import ARCHITECTURES
@@ -83,7 +83,10 @@ def why_in_memory(request: Request) -> str | None:
 
 def in_memory(request: Request) -> Outcome:
     """Load the whole model, smooth and calibrate it."""
-    model, recipe, samples = load_model(request.base.folder), request.recipe, request.samples
+    recipe, samples = request.recipe, request.samples
+    if recipe.lmdeploy_awq is not None:
+        raise UsageError(f"{recipe.name}: goes one decoder layer at a time, which cannot be done here: {why_in_memory(request)}")
+    model = load_model(request.base.folder)
     smoothed = _smooth(model, request)
     calibrator = Calibrator(model, recipe.quant_config(request.device), samples, recipe.disable_level, mix_cfg=dict(recipe.mix_cfg))
     words = {"layers": "rounding", "samples": "calibrating"}
@@ -101,7 +104,7 @@ def in_memory(request: Request) -> Outcome:
 def figures(made: Any, name: str) -> LayerFigures:
     """How one layer of what was calibrated fared."""
     layer = made.layers[name]
-    return LayerFigures(name, layer.kind, layer.weight_error, made.range_parm.get(name))
+    return LayerFigures(name, layer.kind, layer.weight_error, made.range_parm.get(name), repaired=layer.repaired)
 
 
 def _smooth(model: Any, request: Request) -> int:

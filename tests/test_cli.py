@@ -23,7 +23,7 @@ from convert.options import Options
 
 VERBS = (
     "formats", "inspect", "plan", "convert", "verify", "fingerprint", "check", "doctor", "clean", "serve-check", "quantize", "evaluate",
-    "analyze", "tune", "calibration",
+    "analyze", "tune", "calibration", "memory", "lmdeploy",
 )  # fmt: skip
 HOMES = {"inspect": "inspection", "plan": "plan", "convert": "run", "verify": "proof", "fingerprint": "proof"}
 BIN = Path(sys.executable).parent

@@ -24,6 +24,8 @@ KINDS = {
     "w4a16-rtn": ("W4A16", False),
     "w4a16-gptq": ("W4A16", True),
     "w4a16-awq": ("W4A16", True),
+    "lmdeploy-awq": ("W4A16", True),
+    "lmdeploy-awq-0.1": ("W4A16", True),
 }
 
 
@@ -34,8 +36,9 @@ def test_a_recipe_of_ours(name: str) -> None:
     assert (config.model_quant_type, recipe.needs_data) == KINDS[name]
     assert not config.mm_tensor  # one scale for a whole weight is msModelSlim's default, and nobody's wish
     assert config.use_kvcache_quant == (name == "w8a8-kv8")
-    assert config.is_per_group == name.startswith("w4a16")
+    assert config.is_per_group == name.startswith(("w4a16", "lmdeploy"))
     assert (recipe.gptq_settings() is not None, recipe.awq_settings() is not None) == (name == "w4a16-gptq", name == "w4a16-awq")
+    assert (recipe.lmdeploy_awq_settings() is not None) == name.startswith("lmdeploy")
     assert recipe.name == name
     assert recipe.about
     assert len((Path(quantize.__file__).parent / "recipes" / f"{name}.yaml").read_text().splitlines()) <= 15

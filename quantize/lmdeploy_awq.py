@@ -1,0 +1,187 @@
+"""LMDeploy's ``lite auto_awq``: weights in 4 bits, smoothed by one formula instead of AWQ's search, in the two arithmetics that it has had.
+
+Facts, read off LMDeploy 0.1.0 and 0.18.0 (PyPI, ``lite/quantization/awq.py`` and ``weight/quantizer.py``) and tested against their folders:
+
+1. In every decoder layer the norms are smoothed first, then the value projection into the output projection and the up into the down
+   projection. All use the inputs' largest magnitudes ``a`` [in] of the float model, before anything is smoothed.
+2. ``s = a^0.5 / w^0.5``, then ``s / sqrt(max(s) min(s))``; ``w`` [in] is the mean over all rows of the linears that read the input, stacked
+   by name, of ``|W|`` over its group's largest. The source is divided by ``s``, the targets' columns multiplied. All in the weights' dtype.
+3. Grouped heads: the value projection is left alone where it is narrower than what the output projection reads. So are fused sources.
+4. Numbers of a group of ``W``, whose extremes are ``least`` and ``most``:
+
+   =======  =======================================  ==========================================================================
+            0.1 (until 0.4.1), in float32            0.4.2 (and today), in the weight's dtype
+   =======  =======================================  ==========================================================================
+   scale    ``(most - least) / 15``                  ``max(most - least, 1e-5) / 15``
+   zero     ``away(-least / scale)``                 ``clamp(-round(least / scale), 0, 15)``
+   codes    ``away((W - least) / scale)``            ``clamp(round(W / scale) + zero, 0, 15)``
+   s        as it is                                 ``w^0.5`` at least 1e-4 where one is 0, ``s`` at least 1e-4; 1 where a norm is 0
+   =======  =======================================  ==========================================================================
+
+   ``round`` is to even, ``away`` halves away from zero. 0.1 keeps the scales in float32.
+5. Repaired: in a group of one sign the zero point lies outside of 0 to 15. 0.1 wrote it so, over its neighbours' bits, and a constant group
+   has a scale of 0; 0.4.2 clamps it, and the weights with it. Here such a group's range reaches to 0, and it is counted (``repaired``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from formats.errors import UnreadableError, UsageError
+
+from .architectures import Architecture, Subgraph
+from .config import QuantConfig
+from .layers import QuantizedLayer, rounded_layer
+from .methods import LmdeployAwq
+from .rounding import RoundedWeight
+from .stage import MORE_SAMPLES, UNREACHED, Made, forward, watching
+
+__all__ = ["largest_inputs", "lmdeploy_rounded", "round_lmdeploy", "smooth_layer", "smoothing_scale"]
+
+ALPHA = 0.5
+LEVELS = 15
+HALF = 8
+LEAST = 1e-4
+LEAST_RANGE = 1e-5
+
+
+def largest_inputs(model: nn.Module, names: Sequence[str], samples: Sequence[Any], made: Made | None = None) -> dict[str, Tensor]:
+    """The largest magnitude [in] of every channel of the inputs of the linears called ``names``, over all samples."""
+    found: dict[str, Tensor] = {}
+
+    def see(name: str, values: Tensor) -> None:
+        largest = values.detach().reshape(-1, values.shape[-1]).abs().amax(0)
+        found[name] = torch.maximum(found[name], largest) if name in found else largest
+
+    with watching({name: model.get_submodule(name) for name in names}, see):
+        for index, sample in enumerate(samples):
+            output = forward(model, sample)
+            if made is not None:
+                made(index, output)
+    return found
+
+
+def smooth_layer(
+    model: nn.Module, architecture: Architecture, layer: str, largest: Mapping[str, Tensor], settings: LmdeployAwq, group_size: int
+) -> tuple[str, ...]:
+    """Smooth the decoder layer called ``layer`` in place; the sources that were smoothed. largest: ``largest_inputs``."""
+    placed = [subgraph.placed(layer) for subgraph in architecture.subgraphs]
+    done = []
+    for subgraph in [*(one for one in placed if one.kind == "norm"), *(one for one in placed if one.kind != "norm")]:
+        if subgraph.rows != "all" or not _is_there(model, subgraph):
+            continue
+        if _smooth(model, subgraph, largest, settings, group_size):
+            done.append(subgraph.source)
+    return tuple(done)
+
+
+def _is_there(model: nn.Module, subgraph: Subgraph) -> bool:
+    there = {name for name, _ in model.named_modules()}
+    return {subgraph.source, *subgraph.targets} <= there
+
+
+def _smooth(model: nn.Module, subgraph: Subgraph, largest: Mapping[str, Tensor], settings: LmdeployAwq, group_size: int) -> bool:
+    """Smooth one subgraph; False where it is left alone (rule 3)."""
+    source: Any = model.get_submodule(subgraph.source)
+    targets: list[Any] = [model.get_submodule(name) for name in sorted(subgraph.targets)]
+    activation = largest.get(subgraph.targets[0])
+    if activation is None:
+        raise UnreadableError(f"{subgraph.targets[0]}: {UNREACHED}, and smoothing needs its inputs; {MORE_SAMPLES}")
+    if subgraph.kind != "norm" and source.weight.shape[0] != activation.numel():
+        return False
+    off = source.weight == 0 if subgraph.kind == "norm" and not settings.is_old else None
+    scale = smoothing_scale(activation, [target.weight for target in targets], group_size, settings, subgraph.kind == "norm", off)
+    if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
+        raise UnreadableError(
+            f"{subgraph.source}: {int((~(scale > 0)).sum())} of {scale.numel()} smoothing scales are 0 or no numbers, as where an "
+            "input was 0 in all of calibration, or a group of weights is; LMDeploy until 0.4.1 cannot smooth it: use lmdeploy-awq"
+        )
+    source.weight.div_(scale.view(-1, *([1] * (source.weight.dim() - 1))))
+    if getattr(source, "bias", None) is not None:
+        source.bias.div_(scale)
+    for target in targets:
+        target.weight.mul_(scale.view(1, -1))
+    return True
+
+
+def smoothing_scale(
+    activation: Tensor, weights: Sequence[Tensor], group_size: int, settings: LmdeployAwq, norm: bool, off: Tensor | None = None
+) -> Tensor:
+    """``s`` [in] for inputs of largest magnitudes ``activation`` [in] and stacked ``weights`` [out, in], in the weights' dtype.
+
+    norm    the source is a norm; off: channels whose norm is 0, which keep their scale
+    """
+    stacked = torch.cat(list(weights))
+    width = stacked.shape[1] if group_size == -1 else group_size
+    if stacked.shape[1] % width:
+        raise UsageError(f"{stacked.shape[1]} inputs are not whole groups of {width}; choose another group_size")
+    magnitude = stacked.reshape(-1, width).abs()
+    top = magnitude.amax(1, keepdim=True)
+    if not settings.is_old and float(top.min()) == 0:
+        top = top.clamp(min=LEAST)
+    spread = (magnitude / top).view(stacked.shape).mean(0).pow(1 - ALPHA)
+    activation = activation.to(stacked.device, stacked.dtype)
+    if settings.is_old:
+        scale = (activation.pow(ALPHA) / spread).to(stacked.dtype)
+        return scale / (scale.max() * scale.min()).sqrt()
+    if float(spread.min()) == 0:
+        spread = spread.clamp(min=LEAST)
+    scale = (activation.pow(ALPHA) / spread).clamp(min=LEAST).to(stacked.dtype)
+    if not norm:
+        return (scale.float() / (scale.max().float() * scale.min().float()).sqrt()).to(stacked.dtype)
+    on = scale if off is None else scale[~off]
+    scale = scale / (on.max() * on.min()).sqrt() if on.numel() else scale
+    return scale if off is None else torch.where(off, torch.ones_like(scale), scale)
+
+
+def round_lmdeploy(weight: Tensor, group_size: int, settings: LmdeployAwq) -> tuple[RoundedWeight, int]:
+    """``weight`` [out, in], smoothed, in 4 bits with zero points, and how many groups were repaired (rule 5).
+
+    codes [out, in] int8, -8 to 7; scale and offset [out, groups], float32 (0.1) or the weight's dtype; offsets are zero points less 8
+    """
+    width = weight.shape[1] if group_size == -1 else group_size
+    groups = weight.detach().reshape(weight.shape[0], -1, width)
+    groups = groups.float() if settings.is_old else groups
+    least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    broken = (least > 0) | (most < 0)
+    if settings.is_old:
+        broken |= most == least
+        scale = (most - least) / LEVELS
+        zero = _away(-least / scale)
+        codes = _away((groups - least) / scale)
+    else:
+        scale = (most - least).clamp(min=LEAST_RANGE) / LEVELS
+        zero = (-torch.round(least / scale)).clamp(0, LEVELS)
+        codes = (torch.round(groups / scale) + zero).clamp(0, LEVELS)
+    if bool(broken.any()):
+        low, high = least.clamp(max=0), most.clamp(min=0)
+        mended = (high - low).clamp(min=LEAST_RANGE) / LEVELS
+        middle = torch.round(-low / mended).clamp(0, LEVELS)
+        scale, zero = torch.where(broken, mended, scale), torch.where(broken, middle, zero)
+        codes = torch.where(broken, (torch.round(groups / mended) + middle).clamp(0, LEVELS), codes)
+    fake = ((codes - zero) * scale).reshape(weight.shape).to(weight.dtype)
+    rounded = RoundedWeight((codes - HALF).reshape(weight.shape).to(torch.int8), scale.squeeze(-1), (zero - HALF).squeeze(-1), fake)
+    return rounded, int(broken.sum())
+
+
+def _away(values: Tensor) -> Tensor:
+    """Rounded, halves away from zero."""
+    return values.sign() * (values.abs() + 0.5).floor()
+
+
+def lmdeploy_rounded(
+    linears: Mapping[str, nn.Linear], configs: Mapping[str, QuantConfig], settings: LmdeployAwq
+) -> Iterator[tuple[QuantizedLayer, Tensor]]:
+    """Every linear of ``configs``, with its dequantized weight [out, in]."""
+    for name, config in configs.items():
+        weight = linears[name].weight.detach()
+        rounded, repaired = round_lmdeploy(weight, config.group_size if config.is_per_group else -1, settings)
+        if not bool(torch.isfinite(rounded.scale).all()):
+            raise UnreadableError(f"{name}: its smoothed weight is no longer finite in {weight.dtype}; LMDeploy computes in float16")
+        layer, fake = rounded_layer(name, linears[name], config, weight, rounded)
+        yield replace(layer, repaired=repaired), fake

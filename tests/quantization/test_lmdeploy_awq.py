@@ -1,0 +1,162 @@
+"""LMDeploy's auto_awq in its two arithmetics, against the folders that 0.1.0 and 0.18.0 wrote, from the statistics that they wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from formats.errors import UnreadableError, UsageError
+from quantize import quantize_model
+from quantize.blocks import Blocks
+from quantize.lmdeploy_awq import round_lmdeploy, smooth_layer, smoothing_scale
+from quantize.lmdeploy_calibration import observe
+from quantize.methods import LmdeployAwq
+from quantize.recipe import loads
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "lmdeploy"
+OLD, NEW = LmdeployAwq("0.1"), LmdeployAwq("0.4.2")
+GOLDENS = {"0.1.0": ("llama_mha", "statistics_v010", "awq_v010", OLD), "0.18.0": ("qwen2_gqa", "statistics_v018", "awq_v018", NEW)}
+CHANNELS = [0, 2, 4, 6, 1, 3, 5, 7]
+"""Which channel of eight the nibbles of a word hold, the lowest first."""
+
+
+def unpacked(words: Tensor) -> Tensor:
+    """[rows, out] of the nibbles of words [rows, out / 8]."""
+    nibbles = torch.stack([(words >> (4 * place)) & 15 for place in range(8)], -1)
+    natural = torch.empty_like(nibbles)
+    natural[..., CHANNELS] = nibbles
+    return natural.flatten(1)
+
+
+def smoothed(folder: Path, largest: dict[str, Tensor], settings: LmdeployAwq) -> nn.Module:
+    """The model in memory, all its layers smoothed."""
+    blocks = Blocks.open(folder)
+    model = blocks.load()
+    with torch.no_grad():
+        for name in blocks.names:
+            smooth_layer(model, blocks.architecture, name, largest, settings, 128)
+    return model
+
+
+@pytest.mark.parametrize("version", GOLDENS)
+def test_folders_are_the_tools(version: str) -> None:
+    """From the tool's own statistics: codes, zero points and scales of every linear, every norm, bias and embedding, bit for bit."""
+    folder, statistics, made, settings = GOLDENS[version]
+    told = load_file(FIXTURES / made / "model.safetensors")
+    largest = torch.load(FIXTURES / statistics / "inputs_stats.pth", weights_only=True)["absmax"]
+    model, seen = smoothed(FIXTURES / folder, largest, settings), set()
+    for name, linear in model.named_modules():
+        if f"{name}.qweight" not in told:
+            continue
+        rounded, repaired = round_lmdeploy(linear.weight, 128, settings)
+        assert torch.equal(rounded.codes.int() + 8, unpacked(told[f"{name}.qweight"]).T), name
+        assert torch.equal(rounded.offset.int() + 8, unpacked(told[f"{name}.qzeros"]).T), name
+        scales = told[f"{name}.scales"].T
+        assert torch.equal(rounded.scale, scales), name
+        assert rounded.scale.dtype == scales.dtype
+        assert repaired == 0
+        seen |= {f"{name}.{part}" for part in ("qweight", "qzeros", "scales")}
+    parameters = dict(model.named_parameters())
+    for name in told.keys() - seen:
+        assert torch.equal(parameters[name], told[name]), name
+    assert len(seen) == 14 * 3
+
+
+@pytest.mark.parametrize(("recipe", "settings"), [("lmdeploy-awq-0.1", OLD), ("lmdeploy-awq", NEW)])
+def test_recipes_write_what_the_whole_model_gives(recipe: str, settings: LmdeployAwq, tmp_path: Path) -> None:
+    """A folder, layer by layer, beside the model smoothed in memory by the statistics of ``lmdeploy calibrate``."""
+    ids = list(torch.load(FIXTURES / "statistics_v010" / "calib_ids.pt", weights_only=True).split(1))
+    source = FIXTURES / "llama_mha"
+    result = quantize_model(source, tmp_path / "out", recipe, "awq", calib=[[one, torch.ones_like(one)] for one in ids])
+    assert (result.smoothed, result.notes) == (8, ())
+    largest = observe(Blocks.open(source), ids).files()["inputs_stats"]["absmax"]
+    model, made = smoothed(source, largest, settings), load_file(tmp_path / "out" / "model.safetensors")
+    for name, linear in model.named_modules():
+        if f"{name}.qweight" in made:
+            rounded, _ = round_lmdeploy(linear.weight, 128, settings)
+            assert torch.equal(unpacked(made[f"{name}.qweight"]).T, rounded.codes.int() + 8), name
+            assert torch.equal(unpacked(made[f"{name}.qzeros"]).T, rounded.offset.int() + 8), name
+            assert torch.equal(made[f"{name}.scales"].T, rounded.scale.half()), name
+        elif "norm" in name:
+            assert torch.equal(made[f"{name}.weight"], linear.weight), name
+
+
+@pytest.mark.parametrize("settings", [OLD, NEW], ids=["0.1", "0.4.2"])
+def test_groups_of_one_sign_are_repaired_and_counted(settings: LmdeployAwq) -> None:
+    """Rows of 10 to 11, -11 to -10, constant 3 and -1 to 1: the tool's zero points of the first are -150 and 165, of the third -inf."""
+    line = torch.linspace(0, 1, 128)
+    weight = torch.stack([10 + line, line - 11, torch.full((128,), 3.0), 2 * line - 1]).half()
+    rounded, repaired = round_lmdeploy(weight, 128, settings)
+    assert repaired == 3
+    zero = rounded.offset.flatten() + 8
+    assert zero[:3].tolist() == [0, 15, 0]
+    assert bool(((zero >= 0) & (zero <= 15)).all())
+    assert bool(((rounded.codes >= -8) & (rounded.codes <= 7)).all())
+    law = (rounded.codes.float() - rounded.offset.float()) * rounded.scale.float()
+    assert bool(((law - weight.float()).abs()[:3] <= 0.51 * rounded.scale.float()[:3]).all())
+    assert (rounded.fake.float() - law).abs().max() < 0.01
+
+
+def test_zeros_alone_are_zeros() -> None:
+    for settings, count in ((OLD, 1), (NEW, 0)):
+        rounded, repaired = round_lmdeploy(torch.zeros(1, 128).half(), 128, settings)
+        assert (repaired, float(rounded.fake.abs().max())) == (count, 0)
+
+
+def test_repairs_are_told(tmp_path: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / "llama_mha", dtype=torch.float16)
+    model.model.layers[1].mlp.gate_proj.weight.data[5, :128] = model.model.layers[1].mlp.gate_proj.weight.data[5, :128].abs() + 0.1
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.load(FIXTURES / "statistics_v010" / "calib_ids.pt", weights_only=True).split(1)
+    result = quantize_model(
+        tmp_path / "model", tmp_path / "out", "lmdeploy-awq-0.1", "awq", calib=[[one, torch.ones_like(one)] for one in ids]
+    )
+    assert "1 groups of weights of one sign (first in model.layers.1.mlp.gate_proj)" in result.notes[0]
+
+
+def test_rounding_is_away_from_zero_until_0_4_1_and_to_even_since() -> None:
+    """A group from 0 to 15, of scale 1: 0.5 and 2.5 become 1 and 3, or 0 and 2."""
+    weight = torch.zeros(1, 128)
+    weight[0, :3] = torch.tensor([0.5, 2.5, 15.0])
+    assert (round_lmdeploy(weight, 128, OLD)[0].codes[0, :3] + 8).tolist() == [1, 3, 15]
+    assert (round_lmdeploy(weight, 128, NEW)[0].codes[0, :3] + 8).tolist() == [0, 2, 15]
+
+
+def test_scale_by_hand() -> None:
+    """Two inputs in one group, two rows: w = mean of [1, 1/2] and [1, 1] over rows = [1, 3/4]; a = [4, 1]."""
+    found = smoothing_scale(torch.tensor([4.0, 1.0]), [torch.tensor([[2.0, 1.0]]), torch.tensor([[-3.0, 3.0]])], 2, OLD, True)
+    bare = torch.tensor([2.0, 1 / 0.75**0.5])
+    torch.testing.assert_close(found, bare / (bare.max() * bare.min()).sqrt())
+
+
+def test_an_input_of_zeros_is_an_error_until_0_4_1() -> None:
+    """There it divides by 0; since then the scale is at least 1e-4."""
+    weights = [torch.ones(4, 2)]
+    assert smoothing_scale(torch.tensor([1.0, 0.0]), weights, 2, OLD, True).isfinite().all().logical_not()
+    assert smoothing_scale(torch.tensor([1.0, 0.0]), weights, 2, NEW, True).isfinite().all()
+    largest = torch.load(FIXTURES / "statistics_v010" / "inputs_stats.pth", weights_only=True)["absmax"]
+    largest["model.layers.0.self_attn.q_proj"][3] = 0
+    with pytest.raises(UnreadableError, match=r"model\.layers\.0\.input_layernorm: .* use lmdeploy-awq"):
+        smoothed(FIXTURES / "llama_mha", largest, OLD)
+
+
+QUANT = "quant: {w_bit: 4, a_bit: 16, w_sym: false, is_lowbit: true, open_outlier: false, group_size: 128}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('quant: {w_bit: 8, a_bit: 8, mm_tensor: false}\nlmdeploy_awq: {version: "0.1"}\n', "lmdeploy_awq: is for weights alone"),
+        (QUANT + 'lmdeploy_awq: {version: "0.5"}\n', "version: '0.5' is not 0.1"),
+        (QUANT + "awq: {}\nlmdeploy_awq: {}\n", "smooths by itself"),
+    ],
+)
+def test_recipes_that_make_no_sense(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        loads(text)
