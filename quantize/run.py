@@ -214,8 +214,8 @@ def _notes(outcome: Outcome, request: Request) -> list[str]:
     if repaired := sum(layer.repaired for layer in outcome.layers):
         first = next(layer.name for layer in outcome.layers if layer.repaired)
         notes.append(
-            f"{repaired} groups of weights of one sign (first in {first}) have a zero point outside of their codes in LMDeploy, which writes "
-            "it over its neighbours or clamps it; here their range reaches to 0"
+            f"{repaired} groups of weights of one sign (first in {first}) have a zero point outside of their codes in LMDeploy, which "
+            "writes it over its neighbours or clamps it; here their range reaches to 0"
         )
     if outcome.resumed:
         notes.append(f"{outcome.resumed} decoder layers were there from a run that was interrupted")
