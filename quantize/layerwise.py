@@ -125,6 +125,8 @@ class LayerRun:
     def __init__(self, blocks: Blocks, job: Job, samples: Sequence[Sample], place: Path | None = None, ranges_only: bool = False) -> None:
         if why := whole_model_only(job):
             raise UsageError(f"one layer at a time: {why}")
+        if job.lmdeploy_awq is not None and job.anti_outlier is not None:
+            raise UsageError("lmdeploy_awq: smooths by itself, and AntiOutlier would smooth first; choose one of them")
         self.blocks, self.job, self.samples, self.place = blocks, job, list(samples), place
         self.disabled = frozenset(named_float(blocks.model, job.config))
         if job.anti_outlier is not None:

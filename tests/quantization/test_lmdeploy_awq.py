@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 
 from formats.errors import UnreadableError, UsageError
 from quantize import quantize_model
+from quantize.architectures import ARCHITECTURES
 from quantize.blocks import Blocks
+from quantize.config import AntiOutlierConfig
+from quantize.layerwise import Job, LayerRun
 from quantize.lmdeploy_awq import round_lmdeploy, smooth_layer, smoothing_scale
 from quantize.lmdeploy_calibration import observe
 from quantize.methods import LmdeployAwq
-from quantize.recipe import loads
+from quantize.recipe import load, loads
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "lmdeploy"
 OLD, NEW = LmdeployAwq("0.1"), LmdeployAwq("0.4.2")
@@ -144,6 +148,21 @@ def test_an_input_of_zeros_is_an_error_until_0_4_1() -> None:
     largest["model.layers.0.self_attn.q_proj"][3] = 0
     with pytest.raises(UnreadableError, match=r"model\.layers\.0\.input_layernorm: .* use lmdeploy-awq"):
         smoothed(FIXTURES / "llama_mha", largest, OLD)
+
+
+def test_models_that_no_table_knows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its layers' names there is no smoothing, and rounding alone would be another recipe."""
+    monkeypatch.delitem(ARCHITECTURES, "llama")
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    with pytest.raises(UsageError, match="where the layers of a 'llama' lie is not known"):
+        quantize_model(FIXTURES / "llama_mha", tmp_path / "out", "lmdeploy-awq", "awq", calib=[[ids, torch.ones_like(ids)]])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_smooths_once() -> None:
+    job = replace(Job.of(load("lmdeploy-awq"), "cpu"), anti_outlier=AntiOutlierConfig(anti_method="m4"))
+    with pytest.raises(UsageError, match="choose one of them"):
+        LayerRun(Blocks.open(FIXTURES / "llama_mha"), job, [])
 
 
 QUANT = "quant: {w_bit: 4, a_bit: 16, w_sym: false, is_lowbit: true, open_outlier: false, group_size: 128}\n"
