@@ -36,6 +36,8 @@ NULLABLE = ("activation_dtype", "kvcache_dtype")
 """Keys that may be null, or missing."""
 _MOST = 1 << 20
 """Bytes of a YAML file that is read."""
+_ANCHORS = frozenset({"eval_dataset", "train_dataset", "output_dir"})
+"""What MindFormers' own YAML files name to use it twice."""
 
 
 def document(model: ModelFacts, variant: str, name: str) -> dict[str, Any]:
@@ -232,6 +234,33 @@ def read_quantization(path: Path) -> dict[str, Any] | None:
 
     raises   UnreadableError, which names the key and its line
     """
+    yaml, node = _composed(path)
+    for key in ("model", "model_config", "quantization_config"):
+        if node is None or not isinstance(node, yaml.MappingNode):
+            return None
+        node = next((value for name, value in node.value if name.value == key), None)
+    if node is None:
+        return None
+    return _checked(yaml, path.name, node)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A YAML file of MindFormers', whole.
+
+    raises   UnreadableError
+    """
+    yaml, node = _composed(path)
+    try:
+        found = None if node is None else yaml.SafeLoader("").construct_document(node)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UnreadableError(f"{path.name}: is no YAML ({str(error).splitlines()[0]:.200})") from None
+    if not isinstance(found, dict):
+        raise UnreadableError(f"{path.name}: is no MindFormers configuration, which is a mapping")
+    return found
+
+
+def _composed(path: Path) -> tuple[Any, Any]:
+    """(PyYAML, the document's node). UnreadableError for a file that is none, or that has aliases but MindFormers' own."""
     yaml = _yaml()
     try:
         with path.open("rb") as file:
@@ -242,20 +271,13 @@ def read_quantization(path: Path) -> dict[str, Any] | None:
         raise UnreadableError(f"{path.name}: more than {_MOST} bytes, more than a configuration can need")
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):  # an anchor may stand for a document that grows without end
-            if isinstance(event, yaml.AliasEvent) and event.anchor not in {"eval_dataset", "train_dataset", "output_dir"}:
+            if isinstance(event, yaml.AliasEvent) and event.anchor not in _ANCHORS:
                 raise UnreadableError(f"{path.name}, line {event.start_mark.line + 1}: an alias *{event.anchor}, which is not read")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml, yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = path.name if mark is None else f"{path.name}, line {mark.line + 1}"
         raise UnreadableError(f"{where}: is no YAML ({getattr(error, 'problem', None) or type(error).__name__})") from None
-    for key in ("model", "model_config", "quantization_config"):
-        if node is None or not isinstance(node, yaml.MappingNode):
-            return None
-        node = next((value for name, value in node.value if name.value == key), None)
-    if node is None:
-        return None
-    return _checked(yaml, path.name, node)
 
 
 def _checked(yaml: Any, file: str, node: Any) -> dict[str, Any]:

@@ -14,19 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from formats import open_checkpoint
 from formats.checkpoint import Location
 from formats.errors import RefusedError, UnreadableError, UsageError
+from formats.mindspore_yaml import read_document
 
 __all__ = ["MindFormersModel", "open_model"]
 
-LARGEST = 1 << 20
-"""Bytes of a YAML file: more is none."""
 ARCHITECTURES = ("LlamaForCausalLM", "ParallelLlamaForCausalLM")
-ANCHORS = ("train_dataset", "eval_dataset", "output_dir")
-"""What MindFormers' own YAML files name to use it twice."""
 _KEYS = {
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
@@ -76,7 +71,9 @@ def open_model(path: str | os.PathLike[str]) -> MindFormersModel:
     :raises RefusedError: a network that Golden Stick's script does not know, or that has parts with no words in Hugging Face's config
     """
     where = Path(path)
-    content = _read(where)
+    if not where.is_file():
+        raise UsageError(f"{where}: there is no such YAML file")
+    content = read_document(where)
     model = _mapping(content, "model", where)
     config = _mapping(model, "model_config", where)
     kind = _mapping(model, "arch", where).get("type")
@@ -102,29 +99,6 @@ def open_model(path: str | os.PathLike[str]) -> MindFormersModel:
         bool(config.get("qkv_concat", False)),
         str(tokenizer.get("vocab_file") or "") if isinstance(tokenizer, Mapping) else "",
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The document, without anchors but MindFormers' own."""
-    if not path.is_file():
-        raise UsageError(f"{path}: there is no such YAML file")
-    try:
-        with path.open("rb") as file:
-            text = file.read(LARGEST + 1)
-    except OSError as error:
-        raise UnreadableError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if len(text) > LARGEST:
-        raise UnreadableError(f"{path.name}: more than {LARGEST} bytes, more than a configuration can need")
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # an anchor may stand for a document that grows without end
-            if isinstance(event, yaml.AliasEvent) and event.anchor not in ANCHORS:
-                raise UnreadableError(f"{path.name}, line {event.start_mark.line + 1}: an alias *{event.anchor}, which is not read")
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UnreadableError(f"{path.name}: is no YAML ({str(error).splitlines()[0]:.200})") from None
-    if not isinstance(found, dict):
-        raise UnreadableError(f"{path.name}: is no MindFormers configuration, which is a mapping")
-    return found
 
 
 def _mapping(content: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
