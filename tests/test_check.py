@@ -95,6 +95,10 @@ SAFE = {
         "mindspore", "gs0.6", {"config.json": {**MODEL, "model_type": "llama"}}, ("m.ckpt",),
         ("config.json", "predict_m.yaml", "rank_0"), layers("msmodelslim"),
     ),
+    "smooth_quant": FolderFacts(
+        "smooth_quant", "int8", {"config.json": MODEL, "quantization_config": {"quant_method": "smooth_quant", "quant_dtype": "int8"}},
+        ("model.safetensors",), ("config.json", "model.safetensors"), layers("msmodelslim"),
+    ),
     "dense": FolderFacts("dense", "hf", {"config.json": MODEL}, ("model.safetensors",), ("config.json", "model.safetensors")),
 }  # fmt: skip
 MINDIE = {"config.json": {**MODEL, "quantize": "w8a16"}, "quantization_config": {"group_size": 0}}
@@ -339,6 +343,7 @@ FAILS: list[tuple[str, str, str, Change]] = [
     ("lmdeploy", "gptq", "sym", config(INSIDE, sym=False)),
     ("lmdeploy", "gptq", "act-order", layer(act_order=True)),
     ("lmdeploy", "gptq", "variant", folder(variant="v2")),
+    ("lmdeploy", "smooth_quant", "quant-method", config(INSIDE, quant_method="smoothquant")),
     ("lmdeploy", "dense", "file-names", NAMES),
     ("vllm-ascend", "msmodelslim", "file-names", folder(names=("quant_model_description_w8a16.json",))),
     ("vllm-ascend", "msmodelslim", "type", every(type="W4A16")),
