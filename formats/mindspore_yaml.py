@@ -226,7 +226,7 @@ def _token(config: Mapping[str, Any], key: str, usual: int) -> int:
 
 def dump(content: Mapping[str, Any]) -> str:
     """The document as text."""
-    return str(_yaml().safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=140))
+    return str(pyyaml().safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=140))
 
 
 def read_quantization(path: Path) -> dict[str, Any] | None:
@@ -261,7 +261,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 def _composed(path: Path) -> tuple[Any, Any]:
     """(PyYAML, the document's node). UnreadableError for a file that is none, or that has aliases but MindFormers' own."""
-    yaml = _yaml()
+    yaml = pyyaml()
     try:
         with path.open("rb") as file:
             text = file.read(_MOST + 1)
@@ -303,7 +303,8 @@ def _checked(yaml: Any, file: str, node: Any) -> dict[str, Any]:
     return found
 
 
-def _yaml() -> Any:
+def pyyaml() -> Any:
+    """PyYAML, imported when it is needed: ``import formats`` is light. UsageError where it is missing."""
     try:
         import yaml
     except ImportError:

@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .errors import RefusedError, UnreadableError, UsageError
+from .mindspore_yaml import pyyaml
 from .turbomind_tree import HEAD, Geometry
 
 INI, YAML = "config.ini", "config.yaml"
@@ -40,6 +39,7 @@ def read_config(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableError(f"{path.name}: cannot be read ({error})") from None
+    yaml = pyyaml()
     try:
         if path.suffix == ".ini":
             parser = configparser.ConfigParser(interpolation=None)
@@ -275,7 +275,7 @@ def old_yaml_of(shape: Geometry, config: Mapping[str, Any], model_name: str, sou
 def text_of(name: str, sections: Mapping[str, Any]) -> str:
     """The text of a config.ini or config.yaml."""
     if not name.endswith(".ini"):
-        return str(yaml.safe_dump(dict(sections)))
+        return str(pyyaml().safe_dump(dict(sections)))
     lines = []
     for section, values in sections.items():
         lines += [f"[{section}]", *(f"{key} = {value}" for key, value in values.items()), ""]
