@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from convert.replacing import replace_files
 from formats.errors import DestinationError, RefusedError, UsageError
 
 from .calibration import key_of, read_objects
@@ -34,7 +35,7 @@ from .config import QuantConfig
 from .devices import resolve
 from .evaluation import dtype_of, open_model
 from .measure import SampleFigures, Served, measure
-from .outputs import check_new, write_text
+from .outputs import check_new
 from .progress import Report
 from .recipe import Recipe, load
 from .run import quantize_model
@@ -231,7 +232,8 @@ def score_samples(
         found = [replace(one, chosen=one.number in chosen) for one in found]
         lines = _lines(Path(calib)) if extend and calib is not None else []
         added = len(lines)
-        write_text(Path(out), "".join(f"{line}\n" for line in (*lines, *(one.line or "" for one in found if one.chosen))))
+        text = "".join(f"{line}\n" for line in (*lines, *(one.line or "" for one in found if one.chosen)))
+        replace_files(Path(out).parent, {Path(out).name: text.encode()})
     times = list(clock.values())
     seconds = {name: after - before for name, before, after in zip(list(clock)[1:], times, times[1:], strict=False)}
     notes = () if model.simulation is None else model.simulation.notes

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from convert.replacing import replace_files
 from formats import open_checkpoint
 from formats.errors import DestinationError, UsageError
 
@@ -36,7 +37,7 @@ from .devices import HOST, resolve
 from .evaluation import ModelFigures, figures_of
 from .layerwise import Job, LayerRun, whole_model_only
 from .measure import Served, measure, predictions
-from .outputs import check_new, write_text
+from .outputs import check_new
 from .recipe import Recipe, load, loads
 from .samples import Data, length_of, read_data, tokenizer_of
 from .work import digest_of, what_of
@@ -141,7 +142,7 @@ def tune_model(
         best = _search(tuner, target, budget, methods)
         text = _recipe_text(recipe, best, tuner.reference, target)
         loads(text, place.name)
-        write_text(place, text)
+        replace_files(place.parent, {place.name: text.encode()})
         kept.done = True
     notes = []
     if best.share < target:
