@@ -229,4 +229,6 @@ def quantize(session: nox.Session) -> None:
     named = ("msmodelslim", "autoawq", "autogptq", "gptqmodel", "compressed_tensors", "mindformers")
     tools = {tool: cache_folder() / "oracles" / tool / "bin" / "python" for tool in named}
     variables = {f"WEIGHBRIDGE_ORACLE_{tool.upper()}": str(python) for tool, python in tools.items() if python.exists()}
-    session.run("python", "-m", "pytest", "-m", "", str(Path(__file__).parent / "tests" / "quantization"), *session.posargs, env=variables)
+    tests = str(Path(__file__).parent / "tests" / "quantization")
+    two = ("-n", "2", "--dist", "loadfile")  # files at a time, each with one thread of torch: two fit a small machine's memory
+    session.run("python", "-m", "pytest", "-m", "", *two, tests, *session.posargs, env=variables)
