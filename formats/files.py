@@ -107,8 +107,10 @@ class ReadableFile(Readable):
             self._descriptor = None
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
+        try:  # noqa: SIM105 - when the interpreter ends, contextlib is gone before the last file
             self._close()
+        except Exception:
+            pass
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Read]:
