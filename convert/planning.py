@@ -121,8 +121,8 @@ class Planner:
         self.half = "BF16" if said == "bfloat16" or (said is None and float_dtype(checkpoint) == "BF16") else "F16"
         self.ledger = Ledger(f"{spec.name}:{variant.name}")
         self.fitter = Fitter(checkpoint, spec, variant, settings, self.ledger, self.half, bits)
-        # A cache's scales have a spelling in their own format only; MindSpore's in each version.
-        alike = spec.name == checkpoint.format and (spec.name != "mindspore" or variant.name == checkpoint.variant)
+        # A cache's scales have a spelling in their own format only.
+        alike = spec.name == checkpoint.format and (not spec.cache_by_variant or variant.name == checkpoint.variant)
         self.attention = tuple(checkpoint.attention if alike else ())
         self.entries = checkpoint.entries_with(self.attention)
 
@@ -186,7 +186,7 @@ class Planner:
             kind = input_kind(layer.scheme, layer.input_scale is not None)
             derived = self.spec.derived(layer, kind, asked if "deq_scale" in layer.extras else asked or self.half)
             header = header_of(layer, self.fitter.one(layer.scheme), self.fitter.one(derived))
-            if self.spec.name == "mindspore" and kind == "static" and header.scale_dtype == "F32":
+            if self.spec.stores_product and kind == "static" and header.scale_dtype == "F32":
                 header = replace(header, product_divides=comes_back(layer))
             headers.append(header)
             for part, extra in layer.extras.items():
@@ -202,17 +202,9 @@ class Planner:
             self._refuse_functional(tensor)
         for tensor in self.checkpoint.attention:
             if tensor not in self.attention:
-                cache = (
-                    ".kv_cache_" in tensor
-                    or ".past_kv_scale." in tensor
-                    or ".paged_attention_mgr." in tensor
-                    or tensor.endswith(("k_scale", "v_scale"))
-                )
-                self.ledger.lose("kv-cache-dropped" if cache else "attention-dropped", 1.0, tensor)
-        # float weights under other names, or in other files
-        others = {"mindspore", "turbomind"} & {self.spec.name, self.checkpoint.format}
-        renamed = self.spec.name == "turbomind" or (self.dense and (bool(others) or self.checkpoint.variant == "meta"))
-        if not (self.checkpoint.layer_names or self.checkpoint.unsupported or self.attention or renamed):
+                self.ledger.lose("kv-cache-dropped" if self.checkpoint.is_cache(tensor) else "attention-dropped", 1.0, tensor)
+        respelled = self.holds.respells or (self.dense and self.checkpoint.respells)
+        if not (self.checkpoint.layer_names or self.checkpoint.unsupported or self.attention or respelled):
             hint = "there is nothing to convert: copy the folder, or quantize it first"
             self.ledger.refuse("nothing", self.checkpoint.location.folder.name, "a quantized layer", "holds quantized layers", hint)
 

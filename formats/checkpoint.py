@@ -186,10 +186,12 @@ class Checkpoint:
     config        config.json without its quantization_config, or None
     kept          bytes that the reader keeps in memory of what it made
     sidecars      where config.json and the tokenizer lie, if not beside the weights
+    respells      its float weights have names, or lie in files, of the format's own
     """
 
     kept = 0
     sidecars: Location | None = None
+    respells = False
 
     def __init__(self, location: Location, format: str, variant: str, tensors: TensorSet) -> None:
         self.location = location
@@ -221,6 +223,10 @@ class Checkpoint:
     def layer_tensors(self, name: str) -> tuple[str, ...]:
         """Stored tensors that layer ``name`` is made of."""
         return ()
+
+    def is_cache(self, tensor: str) -> bool:
+        """Whether a tensor of ``attention`` is of the KV cache."""
+        return ".kv_cache_" in tensor or tensor.endswith(("k_scale", "v_scale"))
 
     def bias(self, name: str) -> ArrayLike | None:
         """The layer's bias, if one is stored; UnreadableError if it is not one of floats in one dimension."""
@@ -273,6 +279,7 @@ class IntegralZeros:
 
     stored    array broadcastable to [out, groups]; low, high: the range that bits allow
     negated   what is stored is added to codes, rather than taken off
+    base      so much more is stored than is meant
     raises    UnreadableError where a value is not an integer in the range
     """
 
@@ -281,6 +288,7 @@ class IntegralZeros:
     low: int
     high: int
     negated: bool = False
+    base: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -292,14 +300,15 @@ class IntegralZeros:
 
     def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
         part = read(self.stored, rows, cols, work)
-        if not part.any():
+        if not self.base and not part.any():
             return np.zeros(part.shape, dtype=np.int16)
-        values = -part.astype(np.float32) if self.negated else part.astype(np.float32)
+        values = -part.astype(np.float32) if self.negated else part.astype(np.float32) - np.float32(self.base)
         whole = np.rint(values)
         if not np.array_equal(whole, values) or (whole.size and not (self.low <= whole.min() and whole.max() <= self.high)):
             bad = values[~((whole == values) & (whole >= self.low) & (whole <= self.high))]
             raise UnreadableError(
-                f"{self.name}: holds the zero point {bad.flat[0]}, wanted integers from {self.low} to {self.high}; "
+                f"{self.name}: holds the zero point {bad.flat[0] + self.base}, wanted integers from {self.low + self.base} to "
+                f"{self.high + self.base}; "
                 "the file is damaged or was written for another bit width"
             )
         return whole.astype(np.int16)

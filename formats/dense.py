@@ -43,6 +43,7 @@ class Dense(Checkpoint):
                 "put back the config that came with the weights"
             )
         self.entries = [("plain", name) for name in self.tensors]
+        self.respells = variant == "meta"
 
 
 def open_folder(location: Location, variant: str) -> Checkpoint:

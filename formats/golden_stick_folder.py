@@ -52,6 +52,8 @@ PARTS = ("weight", "weight_scale", "weight_offset", "bias", "input_scale", "inpu
 class GoldenStickFolder(Checkpoint):
     """Reader of the folders."""
 
+    respells = True
+
     def __init__(self, location: Location, variant: str) -> None:
         opened = location if location.opener is not SafetensorsFile else replace(location, opener=MindSporeSafetensors)
         super().__init__(location, "mindspore", "hf", opened.tensors())
@@ -90,6 +92,9 @@ class GoldenStickFolder(Checkpoint):
                 if name in self._int4 or (leaf in PARTS[1:] and leaf != "bias"):
                     raise UnreadableError(f"{DESCRIPTION}: {name!r} belongs to a quantized layer, and its weight is FLOAT or missing")
                 self.entries.append(("plain", name))
+
+    def is_cache(self, tensor: str) -> bool:
+        return self._types[tensor] == "C8"
 
     def layer_tensors(self, name: str) -> tuple[str, ...]:
         return tuple(f"{name}.{part}" for part in PARTS if f"{name}.{part}" in self.tensors)

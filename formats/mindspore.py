@@ -139,6 +139,8 @@ def find_strategy(location: Location, ranks: int) -> Path:
 class GoldenStick(Checkpoint):
     """Reader of ``.ckpt`` files, quantized or float, or of ``tensors`` so named. The variant is what the names say."""
 
+    respells = True
+
     def __init__(self, location: Location, variant: str, tensors: TensorSet | None = None) -> None:
         super().__init__(location, "mindspore", "float", open_tensors(location) if tensors is None else tensors)
         self._int4 = {name for file in self.tensors.files for name, type_ in file.metadata.items() if type_ == INT4}
@@ -221,6 +223,9 @@ class GoldenStick(Checkpoint):
     def _model(self) -> dict[str, Any]:
         base = self.location.base
         return (self.config if base is None else base.json("config.json")) or {}
+
+    def is_cache(self, tensor: str) -> bool:
+        return CACHE in tensor
 
     def layer_tensors(self, name: str) -> tuple[str, ...]:
         return tuple(f"{name}.{leaf}" for leaf in self._spellings[name].leaves() if f"{name}.{leaf}" in self.tensors)
@@ -349,5 +354,7 @@ SPEC = FormatSpec(
     lay_out=lay_out,
     missing=target.missing,
     index=lambda variant, files: golden_stick_folder.INDEX if variant == "hf" else None,
+    cache_by_variant=True,
+    stores_product=True,
     default_variant="gs1.2",
 )

@@ -47,13 +47,11 @@ class ParameterLayout:
 
     def grid(self) -> tuple[int, int]:
         """Parts along rows and columns of the stored tensor; a vector is one row."""
-        counts = self.counts()
-        return (1, counts[0]) if len(counts) == 1 else (*counts, 1, 1)[:2]  # type: ignore[return-value]
+        return _two(self.counts(), 1)
 
     def cell(self, rank: int) -> tuple[int, int]:
         """(row, column) of the part in ``grid`` that a rank holds."""
-        place = self.place(rank)
-        return (0, place[0]) if len(place) == 1 else (*place, 0, 0)[:2]  # type: ignore[return-value]
+        return _two(self.place(rank), 0)
 
     def place(self, rank: int) -> tuple[int, ...]:
         """Which part along each axis a rank holds."""
@@ -62,6 +60,12 @@ class ParameterLayout:
             below = math.prod(self.devices[len(self.devices) - axis :]) if axis > 0 else 1
             found.append(0 if axis < 0 else rank // below % self.devices[-1 - axis])
         return tuple(found)
+
+
+def _two(numbers: tuple[int, ...], rest: int) -> tuple[int, int]:
+    """Of rows and of columns; ``rest`` stands for an axis that is not there."""
+    row, column = (rest, *numbers) if len(numbers) == 1 else (*numbers, rest, rest)[:2]
+    return row, column
 
 
 def read_strategy(path: Path) -> dict[str, ParameterLayout]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -144,8 +144,10 @@ def _static_outputs(layer: LayerTarget, spelling: Spelling) -> list[TensorSpec]:
     specs.append(TensorSpec(f"{name}.{spelling.dequant}", dtypes["dequant_scale"], (out,), "deq_scale"))
     smoothed = dtypes.get("smoothed_input_scale")
     shape = (in_,) if smoothed is not None or spelling.variant == "gs0.6" else (1,)
-    dtype, part = (smoothed, "smoothed_input_scale") if smoothed is not None else (layer.input_dtype or "F16", "input_scale")
-    specs.append(TensorSpec(f"{name}.{spelling.input_scale}", dtype, shape, part))  # type: ignore[arg-type]
+    if smoothed is not None:
+        specs.append(TensorSpec(f"{name}.{spelling.input_scale}", smoothed, shape, "smoothed_input_scale"))
+    else:
+        specs.append(TensorSpec(f"{name}.{spelling.input_scale}", layer.input_dtype or "F16", shape, "input_scale"))
     specs.append(TensorSpec(f"{name}.{spelling.input_zero}", "I8", shape, "input_zero_point"))
     return specs
 
@@ -290,7 +292,7 @@ VARIANTS = (
     Variant(
         "float",
         "float weights",
-        FLOAT_WEIGHTS,
+        replace(FLOAT_WEIGHTS, respells=True),
         "MindFormers 1.3.2 to 1.6",
     ),
     Variant(

@@ -30,6 +30,9 @@ from .workspace import Workspace, empty
 Lines = Callable[[str, Array, int, int], None]
 """Reads or writes the rows of an array (uint8, C-contiguous): a file, the array, where its first row lies, bytes from row to row."""
 
+Split = Literal["lines", "slots", ""]
+"""What ranks share out of a tensor."""
+
 PIECE = 1 << 20
 """Bytes of a file that are held at once, about, where they are not read straight into place."""
 
@@ -53,7 +56,7 @@ class Place:
     offset: int
     pitch: int
     step: int
-    split: Literal["lines", "slots", ""] = ""
+    split: Split = ""
     head: int = 0
     turned: bool = False
     copied: bool = False
@@ -144,11 +147,8 @@ class _Part:
         """Units [lines, slots] of a block of the file's bytes."""
         unit, step = self.place.unit, self.place.step
         if unit in {1, 2, 4, 8}:
-            kind = np.dtype(f"<u{unit}")
-            shape, strides = (len(block), slots), (block.strides[0], step)
-        else:
-            kind, shape, strides = np.dtype("<u8"), (len(block), slots, unit // 8), (block.strides[0], step, 8)  # type: ignore[assignment]
-        return np.ndarray(shape, kind, block.data, 0, strides)
+            return np.ndarray((len(block), slots), f"<u{unit}", block.data, 0, (block.strides[0], step))
+        return np.ndarray((len(block), slots, unit // 8), "<u8", block.data, 0, (block.strides[0], step, 8))
 
     def _bytes(self, first: int, slots: int) -> tuple[int, int]:
         """(byte of the first slot in a line, bytes of so many)."""

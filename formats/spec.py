@@ -154,6 +154,7 @@ class Capabilities:
     mixed_groups                 whether layers may have different group sizes within one folder
     lm_head                      whether lm_head may be quantized
     dequantized                  holds float weights: layers are dequantized into it
+    respells                     holds models without a quantized layer, float weights under names or in files of its own
     for_engine                   a dialect for one engine: what that would not load is refused
     fused_alike                  whether its consumers fuse q/k/v and gate/up, which must then agree
     """
@@ -175,6 +176,7 @@ class Capabilities:
     mixed_groups: bool = False
     lm_head: bool = False
     dequantized: bool = False
+    respells: bool = False
     fused_alike: bool = True
     for_engine: bool = False
 
@@ -235,6 +237,8 @@ class FormatSpec:
                          are quantized in a way, for a model of a dtype ("BF16", "F16", "F32"; None: unknown)
     objection            why a layer as it would be spelled cannot be, or None
     owner_writes_only    its tool refuses files that others may write
+    cache_by_variant     a quantized KV cache is spelled otherwise in each variant
+    stores_product       of static inputs' and weights' scales the product alone is stored, in some variant
     ignores              whether a plain tensor is left out, since the engine computes it itself
     sidecars             writes everything but the weights into a folder, from the model's and for a variant; what is missing, in words.
                          None: as a Hugging Face folder has it
@@ -256,6 +260,8 @@ class FormatSpec:
     derived: Callable[[QuantizedLinear, InputKind | None, str | None], tuple[tuple[str, str], ...]] = _no_derived
     objection: Callable[[LayerTarget, str], Objection | None] = lambda layer, variant: None
     owner_writes_only: bool = False
+    cache_by_variant: bool = False
+    stores_product: bool = False
     ignores: Callable[[str], bool] = lambda name: False
     sidecars: Callable[[ModelFacts, str, Location, Path], list[str]] | None = None
     default_variant: str = field(default="")

@@ -34,16 +34,14 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .checkpoint import Checkpoint, LeftOut, Location
+from .checkpoint import Checkpoint, IntegralZeros, LeftOut, Location
 from .errors import RefusedError, UnreadableError
 from .gptq_config import has_bias
-from .ir import Array, ArrayLike, QuantArgs, QuantizedLinear, QuantScheme, read
+from .ir import ArrayLike, QuantArgs, QuantizedLinear, QuantScheme
 from .laid_out import LaidOut
 from .layouts import PackedMatrix
 from .safetensors_file import SafetensorsFile, TensorSet
@@ -63,7 +61,6 @@ from .turbomind_config import (
 )
 from .turbomind_files import WEIGHTS, WorkspaceFile, WorkspaceOutput, caches_of, sizes_in
 from .turbomind_tree import CACHE, HEAD, Geometry, layout_of, tree_of
-from .workspace import Workspace
 
 TILES = "0.1"
 """The variant with tiles and a config.ini; the others have rows and a config.yaml."""
@@ -92,35 +89,6 @@ def detect(location: Location) -> str | None:
     return "0.9" if isinstance(model, dict) and "attn_tp_size" in model else "0.6"
 
 
-@dataclass(frozen=True, slots=True)
-class StoredZeros:
-    """Zero points [out, groups] as numbers, ``base`` more than the signed ones (``LazyArray``).
-
-    raises   UnreadableError for what is no zero point of 4 bits
-    """
-
-    name: str
-    stored: ArrayLike
-    base: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.stored.shape)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.int16)
-
-    def read(self, rows: slice = slice(None), cols: slice = slice(None), work: Workspace | None = None) -> Array:
-        values = read(self.stored, rows, cols).astype(np.float32) - np.float32(self.base)
-        good = (values >= -8) & (values <= 7) & (values == np.rint(values))
-        if not good.all():
-            raise UnreadableError(
-                f"{self.name}: holds the zero point {values[~good].flat[0] + 8:.6g}, wanted whole numbers from 0 to 15; the file is damaged"
-            )
-        return values.astype(np.int16)
-
-
 def _base(tiles: bool) -> int:
     """What is added to a signed zero point."""
     return 64 + 8 if tiles else 8
@@ -128,6 +96,8 @@ def _base(tiles: bool) -> int:
 
 class Turbomind(Checkpoint):
     """Reader of workspaces of any number of ranks."""
+
+    respells = True
 
     def __init__(self, location: Location, variant: str) -> None:
         tiles = variant == TILES
@@ -188,13 +158,16 @@ class Turbomind(Checkpoint):
     def layer_tensors(self, name: str) -> tuple[str, ...]:
         return tuple(f"{name}.{part}" for part in ("qweight", "scales", "zeros", "bias") if f"{name}.{part}" in self.tensors)
 
+    def is_cache(self, tensor: str) -> bool:
+        return CACHE.fullmatch(tensor) is not None
+
     def bias(self, name: str) -> ArrayLike | None:
         return None if f"{name}.bias" in self._not_biases else super().bias(name)
 
     def layer(self, name: str) -> QuantizedLinear:
         tiles, stored = self.variant == TILES, {part: self._part(name, part) for part in ("qweight", "scales", "zeros")}
         codes = PackedMatrix(layout_of(name, tiles), stored["qweight"])
-        zeros = StoredZeros(name, stored["zeros"].T, _base(tiles))
+        zeros = IntegralZeros(f"{name}.zeros", stored["zeros"].T, -8, 7, base=_base(tiles))
         scheme = QuantScheme(QuantArgs(4, "int", False, "group", self.shape.group))
         layer = QuantizedLinear(name, codes.shape, scheme, codes, stored["scales"].T, zeros, bias=self.bias(name))
         layer.check()
@@ -351,7 +324,9 @@ def quantization_config(model: ModelFacts, variant: str) -> tuple[Mapping[str, A
     return {f"{WEIGHTS}/{INI if variant == TILES else YAML}": sections}, None
 
 
-_HOLDS: dict[str, Any] = {"bits": (4,), "strategies": ("group",), "group_sizes": (HEAD,), "scale_dtypes": ("F16",), "multiple_of": (32, 32)}
+_HOLDS: dict[str, Any] = {
+    "bits": (4,), "strategies": ("group",), "group_sizes": (HEAD,), "scale_dtypes": ("F16",), "multiple_of": (32, 32), "respells": True,
+}  # fmt: skip
 
 SPEC = FormatSpec(
     name="turbomind",

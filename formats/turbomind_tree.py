@@ -44,7 +44,7 @@ import re
 from dataclasses import dataclass, field
 
 from .layouts import PackLayout, TileLayout
-from .placement import Place
+from .placement import Place, Split
 from .safetensors_file import DTYPES, TensorTable
 
 HEAD = 128
@@ -214,7 +214,7 @@ class _Builder:
         before: int,
         total: int,
         head: int = 0,
-        split: str = "slots",
+        split: Split = "slots",
         twin: bool = False,
     ) -> None:
         """A linear that has ``outputs`` of a matrix's ``total``, from ``before``; twin: every second one, from ``before``."""
@@ -222,11 +222,10 @@ class _Builder:
         ranks = s.tp if split == "slots" else 1
         lines = inputs // (s.tp if split == "lines" else 1)
         before, total = before if twin else before // ranks, total // ranks
-        kind: dict[str, object] = {"split": split}
         if not s.group:
             item = DTYPES[s.dtype].itemsize
             files = self.file(f"{file}.%d.weight", lines * total * item)
-            place = Place(files, inputs, outputs, item, before * item, total * item, item, head=head, turned=True, **kind)  # type: ignore[arg-type]
+            place = Place(files, inputs, outputs, item, before * item, total * item, item, head=head, turned=True, split=split)
             self.add(f"{name}.weight", s.dtype, (outputs, inputs), place)
             return
         files = self.file(f"{file}.%d.qweight", lines * total // 2)
@@ -238,17 +237,17 @@ class _Builder:
                 step, units = (2 * RUN, 0) if twin else (RUN, head // 16 * 4)
             else:
                 unit, slots, offset, step, units = tile, outputs // 32, before // 32 * tile, tile, 0
-            place = Place(files, inputs // 32, slots, unit, offset, total // 32 * tile, step, head=units, **kind)  # type: ignore[arg-type]
+            place = Place(files, inputs // 32, slots, unit, offset, total // 32 * tile, step, head=units, split=split)
             self.add(f"{name}.qweight", "I32", (inputs // 32, outputs * 4), place)
         else:
             unit, slots, step = (0, outputs, 0) if head else (4, outputs // 8, 4)
-            place = Place(files, inputs, slots, unit, before // 2, total // 2, step, head=head, **kind)  # type: ignore[arg-type]
+            place = Place(files, inputs, slots, unit, before // 2, total // 2, step, head=head, split=split)
             self.add(f"{name}.qweight", "I32", (inputs, outputs // 8), place)
         groups, item = inputs // s.group, 4 if s.tiles else 2
         for leaf in ("scales", "zeros"):
             files = self.file(f"{file}.%d.{'scales_zeros' if s.tiles else leaf}", lines // s.group * total * item)
             start = before * item + (2 if s.tiles and leaf == "scales" else 0)
-            place = Place(files, groups, outputs, 2, start, total * item, item * (2 if twin else 1), head=head, **kind)  # type: ignore[arg-type]
+            place = Place(files, groups, outputs, 2, start, total * item, item * (2 if twin else 1), head=head, split=split)
             self.add(f"{name}.{leaf}", "F16", (groups, outputs), place)
 
     def bias(self, name: str, file: str, outputs: int, before: int, total: int, head: int) -> None:

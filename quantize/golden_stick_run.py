@@ -21,7 +21,7 @@ from convert.memory import DEFAULT_MEMORY
 from convert.options import Settings
 from convert.planning import Planner
 from convert.staging import workshop
-from formats import find_target, open_checkpoint
+from formats import open_checkpoint
 from formats.arrays_file import ArraysFile
 from formats.checkpoint import Checkpoint, Location
 from formats.errors import DestinationError, RefusedError, UnreadableError, UsageError
@@ -37,12 +37,11 @@ from .golden_stick_config import GoldenStick, Policy, names_of_linear
 from .golden_stick_data import calibration_samples
 from .golden_stick_layer import MadeLayer, MadeLinear, quantize_layer, siblings
 from .golden_stick_tensors import cache_of, laid_out
-from .outputs import check_new
 from .progress import LayerFigures, Report
 from .recipe import Recipe
-from .result import Quantized, check_plot, draw_plot
+from .result import Quantized, draw_plot
 from .saving import NOWHERE, config_of, to_numpy
-from .steps import Clock, notes_of, told_of_bytes
+from .steps import Clock, asked, notes_of, told_of_bytes
 from .streamed import Target
 from .streams import Stream, embed
 from .work import Work, digest_of, in_model_order, what_of
@@ -77,18 +76,8 @@ def quantize_golden_stick(
     settings = recipe.golden_stick_settings()
     if settings is None:
         raise UsageError(f"recipe {recipe.name}: is none of Golden Stick's")
-    spec, variant, named = find_target(to) if isinstance(to, str) else to
-    assert variant.holds is not None
-    if variant.holds.dequantized:
-        raise UsageError(
-            f"--to {spec.name}:{variant.name}: holds no quantized weights, so there is nothing to quantize for; name another format"
-        )
+    spec, variant, named = asked(recipe, to, out, calib, device, overwrite, plot)
     named = named or spec.name == "mindspore"  # a model without quantized linears would be taken for a float one
-    check_new(Path(out), overwrite)
-    if plot is not None:
-        check_plot(plot)
-    if calib is None and settings.needs_data:
-        raise UsageError(f"recipe {recipe.name}: needs calibration data; pass --calib FILE.jsonl, a text a line")
     if qkv_concat and any(policy.outliers_suppression == "awq" for policy in settings.policies):
         raise RefusedError("qkv_concat: AWQ searches a scale for q, k and v each here, which a fused linear cannot hold; leave them apart")
     place = resolve(device)

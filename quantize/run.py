@@ -20,7 +20,7 @@ from convert.memory import DEFAULT_MEMORY
 from convert.options import Settings
 from convert.planning import Planner
 from convert.records import Plan
-from formats import find_target, open_checkpoint
+from formats import open_checkpoint
 from formats.checkpoint import Checkpoint, Location
 from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
@@ -29,13 +29,11 @@ from formats.spec import FormatSpec, Variant
 from .blocks import Shell, shell
 from .choice import chosen_linears
 from .config import QuantConfig
-from .devices import resolve
 from .layerwise import Job
-from .outputs import check_new
 from .progress import Report
 from .recipe import Recipe, load
-from .result import Quantized, check_plot, draw_plot
-from .steps import Clock, calibrating, notes_of, told_of_bytes
+from .result import Quantized, draw_plot
+from .steps import Clock, asked, calibrating, notes_of, told_of_bytes
 from .trial import trial
 from .ways import Outcome, Request, in_memory, layer_by_layer, why_in_memory
 
@@ -83,13 +81,7 @@ def quantize_model(
             model_dir, out, recipe, to, device, calib, samples, overwrite=overwrite, resume=resume, plot=plot,
             max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory, progress=progress,
         )  # fmt: skip
-    spec, variant, named = _target(to)
-    check_new(Path(out), overwrite)
-    if plot is not None:
-        check_plot(plot)
-    if calib is None and recipe.needs_data:
-        raise UsageError(f"recipe {recipe.name}: needs calibration data; pass --calib FILE.jsonl, a text a line")
-    resolve(device)
+    spec, variant, named = asked(recipe, to, out, calib, device, overwrite, plot)
     source = open_checkpoint(_base(model_dir))
     base = source.location
 
@@ -135,14 +127,6 @@ def _way(request: Request, out: Path, resume: bool) -> Iterator[Outcome]:
     if resume:
         raise UsageError(f"--resume: this recipe needs the whole model in memory, so there is nothing to go on with: {why}")
     yield in_memory(request)
-
-
-def _target(to: str) -> tuple[FormatSpec, Variant, bool]:
-    spec, variant, named = find_target(to)
-    assert variant.holds is not None
-    if variant.holds.dequantized:
-        raise UsageError(f"--to {to}: holds no quantized weights, so there is nothing to quantize for; name another format")
-    return spec, variant, named
 
 
 def _scales(spec: FormatSpec) -> str | None:

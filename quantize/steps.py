@@ -5,18 +5,25 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from formats import find_target
 from formats.checkpoint import Location
+from formats.errors import UsageError
 
 from .calibration import Sample, calibration_data, repeats
+from .devices import resolve
+from .outputs import check_new
 from .progress import Report
-from .recipe import Calibration
+from .recipe import Calibration, Recipe
+from .result import check_plot
 from .samples import tokenizer_of
+from .streamed import Target
 
-__all__ = ["Clock", "calibrating", "is_text", "notes_of", "told_of_bytes"]
+__all__ = ["Clock", "asked", "calibrating", "is_text", "notes_of", "told_of_bytes"]
 
 
 class Clock:
@@ -30,6 +37,34 @@ class Clock:
         """The step ends now."""
         now = time.monotonic()
         self.seconds[step], self._last = now - self._last, now
+
+
+def asked(
+    recipe: Recipe,
+    to: str | Target,
+    out: str | os.PathLike[str],
+    calib: Any,
+    device: str,
+    overwrite: bool,
+    plot: str | os.PathLike[str] | None,
+) -> Target:
+    """The target; refuses what can be seen before anything is read.
+
+    :raises UsageError: a format that holds no quantized weights, no data where the recipe needs them, a device that is not there
+    :raises DestinationError: ``out`` has no folder, or is there and may not be overwritten
+    """
+    spec, variant, named = find_target(to) if isinstance(to, str) else to
+    assert variant.holds is not None
+    if variant.holds.dequantized:
+        what = f"--to {spec.name}:{variant.name}: holds no quantized weights"
+        raise UsageError(f"{what}, so there is nothing to quantize for; name another format")
+    check_new(Path(out), overwrite)
+    if plot is not None:
+        check_plot(plot)
+    if calib is None and recipe.needs_data:
+        raise UsageError(f"recipe {recipe.name}: needs calibration data; pass --calib FILE.jsonl, a text a line")
+    resolve(device)
+    return spec, variant, named
 
 
 def is_text(calib: Any) -> bool:

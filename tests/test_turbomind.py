@@ -415,7 +415,9 @@ def test_a_zero_point_that_is_none(tmp_path: Path) -> None:
     stored = np.fromfile(path, "<f2")
     stored[0] = 80
     path.write_bytes(stored.tobytes())
-    with pytest.raises(UnreadableError, match=r"model\.layers\.0\.self_attn\.o_proj: holds the zero point 16, wanted whole numbers"):
+    with pytest.raises(
+        UnreadableError, match=r"model\.layers\.0\.self_attn\.o_proj\.zeros: holds the zero point 80\.0, wanted integers from 64 to 79"
+    ):
         convert(folder, tmp_path / "out", "awq")
 
 
