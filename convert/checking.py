@@ -92,10 +92,10 @@ def check(path: str | os.PathLike[str], consumer: str, tp: int = 1) -> CheckRepo
 
 
 def _instead(consumer: Consumer, facts: FolderFacts) -> str:
-    """A format that the consumer reads and that may hold the folder's layers."""
+    """What ``--to`` writes that the consumer reads and that may hold the folder's layers."""
     if "compressed-tensors" in consumer.formats and any(layer.inputs or layer.element != "int" for layer in facts.layers):
         return "compressed-tensors"
-    return consumer.instead
+    return consumer.name
 
 
 def _compare(requirement: Requirement, facts: FolderFacts, path: str) -> UnmetRequirement | None:

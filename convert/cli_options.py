@@ -28,8 +28,9 @@ JSON = typer.Option(False, "--json", help="Print JSON on stdout.")
 TO = typer.Option(
     ...,
     "--to",
-    metavar="FORMAT[:VARIANT]",
-    help="awq, gptq, gptq:v2, compressed-tensors, msmodelslim, turbomind, dense; `weighbridge formats` lists them.",
+    metavar="FORMAT[:VARIANT]|CONSUMER",
+    help="awq, gptq, gptq:v2, compressed-tensors, msmodelslim, turbomind, dense (`weighbridge formats` lists them); or what will load it: "
+    "lmdeploy, vllm, vllm-ascend, ..., whose best format is written for it.",
 )
 DEVICE = typer.Option("cpu", "--device", metavar="npu:0|cuda|cpu", help="Where the model is run.")
 DTYPE = typer.Option(

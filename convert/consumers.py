@@ -73,7 +73,7 @@ from .requirements import (
 class Consumer:
     """One tool that loads checkpoints. ``formats``: requirements by the format that it reads; a format that is not there it does not.
 
-    instead   what to convert to that it reads; prefers: the variant of that format that is written for it
+    instead   what it reads best: what `--to` and its name write; prefers: the variant of that format that is written for it
     """
 
     name: str
@@ -525,7 +525,7 @@ CONSUMERS: dict[str, Consumer] = {
                 "compressed-tensors": _ASCEND_COMPRESSED,
                 "dense": ORDINARY,
             },
-            source="msModelSlim's description, vllm-ascend 0.30.0rc2", instead="msmodelslim --for vllm-ascend",
+            source="msModelSlim's description, vllm-ascend 0.30.0rc2", instead="msmodelslim",
         ),
         Consumer(
             "mindie", "MindIE-LLM 8b4871a",
@@ -546,7 +546,7 @@ CONSUMERS: dict[str, Consumer] = {
                 ),
                 "dense": ORDINARY,
             },
-            source="msModelSlim's description, MindIE", instead="msmodelslim --for mindie",
+            source="msModelSlim's description, MindIE", instead="msmodelslim",
         ),
         Consumer(
             "mindformers", "1.3.2 with Golden Stick 0.6.0",
@@ -560,7 +560,7 @@ CONSUMERS: dict[str, Consumer] = {
                     rank_for_each(SPEC + "trainer/utils.py loads rank_N on card N, mindformers 1.3.2 (not run)"),
                 ),
             },
-            source=SPEC + "MindSpore's .ckpt files, mindformers 1.3.2", instead="mindspore:gs0.6", prefers="gs0.6",
+            source=SPEC + "MindSpore's .ckpt files, mindformers 1.3.2", instead="mindspore", prefers="gs0.6",
         ),
         Consumer(
             "mindformers-1.6", "1.6.0 with Golden Stick 1.2.0",
@@ -572,7 +572,7 @@ CONSUMERS: dict[str, Consumer] = {
                     rank_for_each(SPEC + "as 1.3.2, mindformers 1.6.0 (not run)"),
                 ),
             },
-            source=SPEC + "MindSpore's .ckpt files, mindformers 1.6.0", instead="mindspore:gs1.2", prefers="gs1.2",
+            source=SPEC + "MindSpore's .ckpt files, mindformers 1.6.0", instead="mindspore", prefers="gs1.2",
         ),
         Consumer(
             "mindformers-2", "2.1.0",
@@ -585,7 +585,7 @@ CONSUMERS: dict[str, Consumer] = {
                 ),
                 "dense": ORDINARY,
             },
-            source=SPEC + "GoldenStickConfig, mindformers 2.1.0 (not run)", instead="mindspore:hf", prefers="hf",
+            source=SPEC + "GoldenStickConfig, mindformers 2.1.0 (not run)", instead="mindspore", prefers="hf",
         ),
     )
 }  # fmt: skip

@@ -23,6 +23,7 @@ from .options import Settings
 from .planning import Planner
 from .printing import echo_result
 from .records import Plan
+from .targets import Target
 from .terminal import Failing, progress_bar
 
 TOOLS = ("awq", "gptq", "compressed-tensors")
@@ -56,7 +57,8 @@ def plan_file(
         "allow": "use weighbridge convert, which takes --allow {code}",
     }
     settings = Settings(scale_dtype="keep", jobs=jobs, max_shard_size=1 << 62)
-    return Planner(checkpoint, spec, replace(variant, holds=holds), True, settings, bits=w_bit, hints=hints).plan(probe=True)
+    target = Target(spec, replace(variant, holds=holds))
+    return Planner(checkpoint, target, settings, bits=w_bit, hints=hints).plan(probe=True)
 
 
 def ms_to_vllm(

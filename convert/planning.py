@@ -17,15 +17,15 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from formats import Checkpoint, check_writable, find_format, open_checkpoint
+from formats import Checkpoint, open_checkpoint
 from formats.checkpoint import Location, float_linears, float_matrices, zeros_reading
 from formats.derived import bias_error, comes_back, contradiction
-from formats.errors import RanksRefusedError, RefusedError, UnreadableError, UsageError
+from formats.errors import RanksRefusedError, RefusedError, UnreadableError
 from formats.ir import QuantizedLinear, QuantScheme, read
 from formats.laid_out import LaidOut
 from formats.layouts import expect_work
 from formats.safetensors_file import DTYPES, lay_out
-from formats.spec import Capabilities, FormatSpec, ModelFacts, Variant, input_kind
+from formats.spec import Capabilities, ModelFacts, input_kind
 
 from .fitting import REQUANTIZABLE, Fitter, Header, Ledger, float_dtype, fused_name, header_of
 from .matrices import scales_of
@@ -34,6 +34,7 @@ from .notes import notes_of
 from .options import SCALE_DTYPES, TORCH_NAMES, Options, Settings
 from .probe import Cast, Facts, check_codes, measure_cast, zero_range
 from .records import LOSSES, LayerPlan, Loss, Plan, model_config
+from .targets import Target, find_target
 
 if TYPE_CHECKING:
     from .options import Unpack
@@ -42,41 +43,21 @@ if TYPE_CHECKING:
 def plan(src: str | os.PathLike[str], to: str, *, probe: bool = True, **options: Unpack[Options]) -> Plan:
     """Decide how ``src`` becomes format ``to``; reads headers, and with ``probe`` the small tensors; writes nothing.
 
-    to        "awq", "gptq", "gptq:v1", "compressed-tensors", "dense", ...
+    to        "awq", "gptq", "gptq:v1", "compressed-tensors", "dense", ... or what will load it: "lmdeploy", "vllm", ...
     options   ``Options``
     raises    UsageError, UnreadableError; refusals are in the plan, not raised
     """
     settings = Settings(**options)
-    spec, variant, named = _target(to, settings.consumer)
-    settings.check_for(spec.name)
+    target = find_target(to, settings.consumer)
+    settings.check_for(target.spec.name)
     base = Location.of(settings.base_model) if settings.base_model is not None else None
     if base is not None and "config.json" not in base.names:
         raise UnreadableError(f"{base.folder.name}: --base-model has no config.json; point at the float model's folder")
     with _no_cyclic_collection():
         checkpoint = open_checkpoint(Location.of(src, settings.description, base, zeros_reading(settings.gptq_zeros)))
         base = base or checkpoint.sidecars
-        checkpoint.leave_out(spec.ignores, f"{spec.name}'s engine computes them itself")
-        found = Planner(checkpoint, spec, variant, named, settings, base).plan(probe)
-    if settings.consumer is not None and not found.refusals:
-        from .checking import unmet_by
-
-        found.refusals += unmet_by(found, settings.consumer)
-    return found
-
-
-def _target(to: str, consumer: str | None) -> tuple[FormatSpec, Variant, bool]:
-    """(format, variant, whether the user chose the variant); the consumer's dialect, where the format has one."""
-    spec, variant, named = find_format(to)
-    if consumer is not None:
-        from .consumers import CONSUMERS
-
-        if consumer not in CONSUMERS:
-            raise UsageError(f"--for {consumer}: there is no such consumer; there are {', '.join(CONSUMERS)}")
-        dialect = spec.variant(consumer)
-        preferred = spec.variant(CONSUMERS[consumer].prefers) if CONSUMERS[consumer].prefers and not named else None
-        variant, named = (dialect, True) if dialect is not None and not named else (preferred or variant, named)
-    check_writable(spec, variant)
-    return spec, variant, named
+        checkpoint.leave_out(target.spec.ignores, f"{target.spec.name}'s engine computes them itself")
+        return Planner(checkpoint, target, settings, base).plan(probe)
 
 
 @contextlib.contextmanager
@@ -97,14 +78,13 @@ class Planner:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        spec: FormatSpec,
-        variant: Variant,
-        named: bool,
+        target: Target,
         settings: Settings,
         base: Location | None = None,
         bits: int | None = None,
         hints: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        spec, variant, named, self.consumer = target
         if not named and not checkpoint.layer_names and not checkpoint.unsupported:
             if spec.name == checkpoint.format and checkpoint.attention:  # a float model with a quantized cache, in its own spelling
                 variant = spec.variant(checkpoint.variant) or variant
@@ -172,10 +152,15 @@ class Planner:
         outputs = sum(len(file.tensors) for file in files)
         headers_size = header_bytes(self.checkpoint.tensors, len(layers), outputs)
         memory = share(self.settings.max_memory, self.settings.workers, headers_size, self.checkpoint.kept)
-        return Plan(
+        found = Plan(
             self.checkpoint, self.spec, self.variant, layers, plain, files, losses, self.ledger.refusals, self.notes,
             model, self.base, tuple(self.settings.allow), bool(probe), memory, options,
         )  # fmt: skip
+        if self.consumer is not None and not found.refusals:
+            from .checking import unmet_by
+
+            found.refusals += unmet_by(found, self.consumer)
+        return found
 
     def _headers(self) -> list[Header]:
         """What the comparison needs of every layer; nothing that holds on to its tensors."""

@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint, Location
 from .errors import RefusedError, UnreadableError, UsageError
 from .spec import FormatSpec, Variant
 
-__all__ = ["FORMATS", "Checkpoint", "Location", "check_writable", "detect", "find_format", "find_target", "open_checkpoint"]
+__all__ = ["FORMATS", "Checkpoint", "Location", "check_writable", "detect", "find_format", "open_checkpoint"]
 
 FORMATS: tuple[FormatSpec, ...] = (
     turbomind.SPEC,
@@ -37,13 +37,6 @@ def find_format(target: str) -> tuple[FormatSpec, Variant, bool]:
     if found is None:
         raise UsageError(f"{name} has no variant {variant!r}; it has {', '.join(v.name for v in spec.variants)}")
     return spec, found, bool(variant)
-
-
-def find_target(target: str) -> tuple[FormatSpec, Variant, bool]:
-    """What ``find_format`` finds, if it can be written; ``RefusedError`` where it can only be read."""
-    spec, variant, named = find_format(target)
-    check_writable(spec, variant)
-    return spec, variant, named
 
 
 def check_writable(spec: FormatSpec, variant: Variant) -> None:

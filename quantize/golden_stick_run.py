@@ -21,6 +21,7 @@ from convert.memory import DEFAULT_MEMORY
 from convert.options import Settings
 from convert.planning import Planner
 from convert.staging import workshop
+from convert.targets import Target
 from formats import open_checkpoint
 from formats.arrays_file import ArraysFile
 from formats.checkpoint import Checkpoint, Location
@@ -42,7 +43,6 @@ from .recipe import Recipe
 from .result import Quantized, draw_plot
 from .saving import NOWHERE, config_of, to_numpy
 from .steps import Clock, asked, notes_of, told_of_bytes
-from .streamed import Target
 from .streams import Stream, embed
 from .work import Work, digest_of, in_model_order, what_of
 
@@ -71,13 +71,14 @@ def quantize_golden_stick(
     """Quantize the float ``model``, a folder or a location with a ``config.json``; arguments and errors are ``quantize_model``'s.
 
     tokenizer   of texts; None: the folder's own
-    to          a format's name, or what ``find_target`` gives; qkv_concat: as ``convert`` has it
+    to          what ``find_target`` takes, or gives; qkv_concat: as ``convert`` has it
     """
     settings = recipe.golden_stick_settings()
     if settings is None:
         raise UsageError(f"recipe {recipe.name}: is none of Golden Stick's")
-    spec, variant, named = asked(recipe, to, out, calib, device, overwrite, plot)
-    named = named or spec.name == "mindspore"  # a model without quantized linears would be taken for a float one
+    target = asked(recipe, to, out, calib, device, overwrite, plot)
+    if target.spec.name == "mindspore":
+        target = target._replace(named=True)  # a model without quantized linears would be taken for a float one
     if qkv_concat and any(policy.outliers_suppression == "awq" for policy in settings.policies):
         raise RefusedError("qkv_concat: AWQ searches a scale for q, k and v each here, which a fused linear cannot hold; leave them apart")
     place = resolve(device)
@@ -87,13 +88,13 @@ def quantize_golden_stick(
     policies = policies_of(blocks, settings)
     wanted = Settings(
         max_shard_size=max_shard_size,
-        scale_dtype="keep" if spec.name in {"msmodelslim", "mindspore"} else None,
+        scale_dtype="keep" if target.spec.name in {"msmodelslim", "mindspore"} else None,
         jobs=jobs,
         max_memory=max_memory,
         qkv_concat=qkv_concat,
     )
-    spelled = "gs0.6" if variant.name == "gs0.6" else "gs1.2"
-    Planner(_trial(blocks, policies, settings, spelled), spec, variant, named, wanted, base).plan(probe=True).raise_if_refused()
+    spelled = "gs0.6" if target.variant.name == "gs0.6" else "gs1.2"
+    Planner(_trial(blocks, policies, settings, spelled), target, wanted, base).plan(probe=True).raise_if_refused()
 
     clock = Clock()
     data = calibration_samples(calib, base, recipe, samples, tokenizer)
@@ -108,7 +109,7 @@ def quantize_golden_stick(
         checkpoint = _checkpoint(work, source, blocks)
         clock.done("quantize")
         checkpoint.location = replace(checkpoint.location, folder=base.folder)  # the source that must not be written into
-        plan = Planner(checkpoint, spec, variant, named, wanted, base).plan(probe=True)
+        plan = Planner(checkpoint, target, wanted, base).plan(probe=True)
         plan.options |= {"recipe": recipe.model_dump(exclude_defaults=True), "content": digest_of(data)}
         plan.raise_if_refused()
         written = write(plan, out, overwrite=overwrite, progress=told_of_bytes(progress, checkpoint.tensors.nbytes))

@@ -20,8 +20,8 @@ import typer
 
 from convert.cli_quantize import core
 from convert.printing import print_quantized
+from convert.targets import find_target
 from convert.terminal import Failing
-from formats import find_target
 from formats.errors import RefusedError, UsageError
 from formats.mindspore_target import lay_out_model, yaml_of
 
@@ -172,8 +172,9 @@ def _run(
     model = open_model(config_path)
     out = model.output_dir / folder_name(model.name, approach, settings, version, model.compute_dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
-    spec, variant, _ = find_target(f"mindspore:{version}")
-    target = replace(spec, lay_out=partial(_laid_out, approach), quantization_config=partial(_described, out.name)), variant, True
+    asked = find_target(f"mindspore:{version}")
+    spec = replace(asked.spec, lay_out=partial(_laid_out, approach), quantization_config=partial(_described, out.name))
+    target = asked._replace(spec=spec)
     with shown(quiet=False) as progress:
         common: dict[str, Any] = {"overwrite": overwrite, "qkv_concat": model.qkv_concat, "progress": progress}
         if is_streamed(recipe):

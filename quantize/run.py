@@ -20,11 +20,12 @@ from convert.memory import DEFAULT_MEMORY
 from convert.options import Settings
 from convert.planning import Planner
 from convert.records import Plan
+from convert.targets import Target
 from formats import open_checkpoint
 from formats.checkpoint import Checkpoint, Location
 from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
-from formats.spec import FormatSpec, Variant
+from formats.spec import FormatSpec
 
 from .blocks import Shell, shell
 from .choice import chosen_linears
@@ -33,6 +34,7 @@ from .layerwise import Job
 from .progress import Report
 from .recipe import Recipe, load
 from .result import Quantized, draw_plot
+from .saving import norms_of
 from .steps import Clock, asked, calibrating, notes_of, told_of_bytes
 from .trial import trial
 from .ways import Outcome, Request, in_memory, layer_by_layer, why_in_memory
@@ -60,7 +62,7 @@ def quantize_model(
     """Quantize the float model in ``model_dir`` by ``recipe`` and write it to ``out`` in format ``to``.
 
     recipe     a name of ``RECIPES``, a YAML file, or a ``Recipe``
-    to         as ``convert`` has it: "awq", "gptq:v2", "compressed-tensors", "msmodelslim"
+    to         as ``convert`` has it: "awq", "gptq:v2", "compressed-tensors", "msmodelslim", "lmdeploy"
     device     "cpu", "npu:0", "cuda:0": where the model is calibrated
     calib      as ``calibration_data`` has it; None where the recipe needs none
     samples    of them; None: as many as the recipe says
@@ -81,21 +83,21 @@ def quantize_model(
             model_dir, out, recipe, to, device, calib, samples, overwrite=overwrite, resume=resume, plot=plot,
             max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory, progress=progress,
         )  # fmt: skip
-    spec, variant, named = asked(recipe, to, out, calib, device, overwrite, plot)
+    target = asked(recipe, to, out, calib, device, overwrite, plot)
     source = open_checkpoint(_base(model_dir))
     base = source.location
 
     clock = Clock()
     model = shell(source)
-    settings = Settings(max_shard_size=max_shard_size, scale_dtype=_scales(spec), jobs=jobs, max_memory=max_memory)
-    _ask_target(source, model, recipe, device, spec, variant, named, settings)
+    settings = Settings(max_shard_size=max_shard_size, scale_dtype=_scales(target.spec), jobs=jobs, max_memory=max_memory)
+    _ask_target(source, model, recipe, device, target, settings)
     data = calibrating(calib, base, recipe.calibration, samples)
     clock.done("load")
-    norms_for = variant.name if spec.name == "msmodelslim" and variant.name in {"safe_tensor", "ascendv1"} else ""
+    norms_for = norms_of(target)
     request = Request(source, model, recipe, device, data, norms_for, progress)
     with _way(request, Path(out), resume) as outcome:
         clock.done("quantize")
-        plan = _plan(outcome, request, spec, variant, named, settings)
+        plan = _plan(outcome, request, target, settings)
         plan.raise_if_refused()
         written = write(plan, out, overwrite=overwrite, progress=told_of_bytes(progress, plan.checkpoint.tensors.nbytes))
     clock.done("write")
@@ -107,13 +109,11 @@ def quantize_model(
     )
 
 
-def _ask_target(
-    source: Checkpoint, made: Shell, recipe: Recipe, device: str, spec: FormatSpec, variant: Variant, named: bool, settings: Settings
-) -> None:
+def _ask_target(source: Checkpoint, made: Shell, recipe: Recipe, device: str, target: Target, settings: Settings) -> None:
     """Refuse what the target cannot hold, from shapes alone."""
     (model, dtype), job = made, Job.of(recipe, device)
     tried = trial(model, dtype, chosen_linears(model, job.config, job.mix_cfg), job)
-    Planner(tried, spec, variant, named, settings, source.location).plan(probe=False).raise_if_refused()
+    Planner(tried, target, settings, source.location).plan(probe=False).raise_if_refused()
 
 
 @contextlib.contextmanager
@@ -147,10 +147,10 @@ def _base(model_dir: str | os.PathLike[str]) -> Location:
     return base
 
 
-def _plan(outcome: Outcome, request: Request, spec: FormatSpec, variant: Variant, named: bool, settings: Settings) -> Plan:
+def _plan(outcome: Outcome, request: Request, target: Target, settings: Settings) -> Plan:
     checkpoint = outcome.checkpoint
     checkpoint.location = replace(checkpoint.location, folder=request.base.folder)  # the source that must not be written into
-    plan = Planner(checkpoint, spec, variant, named, settings, request.base).plan(probe=True)
+    plan = Planner(checkpoint, target, settings, request.base).plan(probe=True)
     # Says in the certificate what was done, and keeps a run that goes on with an interrupted one's work from mixing two calibrations.
     plan.options |= {"recipe": request.recipe.model_dump(exclude_defaults=True), "content": outcome.content}
     return plan

@@ -27,7 +27,7 @@ from torch import Tensor
 from convert.engine import Result, run
 from convert.options import Settings
 from convert.planning import Planner
-from formats import find_target
+from convert.targets import Target, find_target
 from formats.arrays_file import ArraysFile
 from formats.checkpoint import Checkpoint, Location
 from formats.errors import RefusedError, UsageError
@@ -276,12 +276,11 @@ def save(
 
 
 def _save_format(calibrator: Calibrator, folder: Path, to: str, safetensors_name: str | None, json_name: str | None, shard: int) -> Result:
-    spec, variant, named = find_target(to)
+    target = find_target(to)
+    spec = target.spec
     settings = Settings(max_shard_size=shard, scale_dtype="keep" if spec.name == "msmodelslim" else None)
-    norms_for = variant.name if spec.name == "msmodelslim" and variant.name in {"safe_tensor", "ascendv1"} else ""
-    plan = Planner(checkpoint_of(calibrator, norms_for), _renamed(spec, safetensors_name, json_name), variant, named, settings).plan(
-        probe=True
-    )
+    renamed = target._replace(spec=_renamed(spec, safetensors_name, json_name))
+    plan = Planner(checkpoint_of(calibrator, norms_of(target)), renamed, settings).plan(probe=True)
     plan.raise_if_refused()
     with tempfile.TemporaryDirectory(prefix=".weighbridge-", dir=folder) as workshop:
         made = Path(workshop) / "folder"
@@ -290,6 +289,11 @@ def _save_format(calibrator: Calibrator, folder: Path, to: str, safetensors_name
             if spec.name != "msmodelslim" or path.name not in {"config.json", "README.md"}:  # the caller copies those, as in msModelSlim
                 shutil.move(os.fspath(path), folder / path.name)
     return replace(result, destination=folder)
+
+
+def norms_of(target: Target) -> str:
+    """The variant whose names AntiOutlier's norm tensors get, or "": a format that has none."""
+    return target.variant.name if target.spec.name == "msmodelslim" and target.variant.name in {"safe_tensor", "ascendv1"} else ""
 
 
 def _renamed(spec: FormatSpec, safetensors_name: str | None, json_name: str | None) -> FormatSpec:

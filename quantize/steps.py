@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from formats import find_target
+from convert.targets import Target, find_target
 from formats.checkpoint import Location
 from formats.errors import UsageError
 
@@ -21,7 +21,6 @@ from .progress import Report
 from .recipe import Calibration, Recipe
 from .result import check_plot
 from .samples import tokenizer_of
-from .streamed import Target
 
 __all__ = ["Clock", "asked", "calibrating", "is_text", "notes_of", "told_of_bytes"]
 
@@ -53,10 +52,10 @@ def asked(
     :raises UsageError: a format that holds no quantized weights, no data where the recipe needs them, a device that is not there
     :raises DestinationError: ``out`` has no folder, or is there and may not be overwritten
     """
-    spec, variant, named = find_target(to) if isinstance(to, str) else to
-    assert variant.holds is not None
-    if variant.holds.dequantized:
-        what = f"--to {spec.name}:{variant.name}: holds no quantized weights"
+    target = find_target(to) if isinstance(to, str) else to
+    assert target.variant.holds is not None
+    if target.variant.holds.dequantized:
+        what = f"--to {target.spec.name}:{target.variant.name}: holds no quantized weights"
         raise UsageError(f"{what}, so there is nothing to quantize for; name another format")
     check_new(Path(out), overwrite)
     if plot is not None:
@@ -64,7 +63,7 @@ def asked(
     if calib is None and recipe.needs_data:
         raise UsageError(f"recipe {recipe.name}: needs calibration data; pass --calib FILE.jsonl, a text a line")
     resolve(device)
-    return spec, variant, named
+    return target
 
 
 def is_text(calib: Any) -> bool:

@@ -26,12 +26,12 @@ from convert.options import Settings
 from convert.planning import Planner
 from convert.records import Plan
 from convert.staging import check_unfinished
-from formats import find_target, open_checkpoint
+from convert.targets import Target, find_target
+from formats import open_checkpoint
 from formats.checkpoint import FLOATS, Checkpoint, Location, float_linears, float_matrices
 from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.ir import QuantArgs, QuantizedLinear, QuantScheme, read
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
-from formats.spec import FormatSpec, Variant
 
 from .golden_stick_config import names_of_linear
 from .progress import LayerFigures, Report
@@ -47,8 +47,6 @@ _SHARE = 4
 """Scales may take one part in so many of the memory that is left."""
 
 
-Target = tuple[FormatSpec, Variant, bool]
-"""What ``find_target`` gives."""
 Rule = Callable[[str], "Rounding | None"]
 """How the linear of that name is rounded; None: it stays in float."""
 
@@ -194,7 +192,7 @@ def quantize_streamed(
 
     plot    a PNG or SVG file for the error of each layer's weight; resume: an interrupted run must have left its work
     calib   calibration data, which are not read: a note says so
-    to      a format's name, or what ``find_target`` gives; qkv_concat: as ``convert`` has it
+    to      what ``find_target`` takes, or gives; qkv_concat: as ``convert`` has it
     """
     if not is_streamed(recipe):
         raise UsageError(f"recipe {recipe.name}: needs the model itself, so it cannot be streamed")
@@ -245,14 +243,15 @@ def round_folder(
 
     raises  UsageError, UnreadableError, RefusedError, DestinationError, NotSameError; nothing visible is left at ``out``
     """
-    spec, variant, named = find_target(to) if isinstance(to, str) else to
+    target = find_target(to) if isinstance(to, str) else to
+    spec = target.spec
     checkpoint = Rounded(open_checkpoint(model if isinstance(model, Location) else Path(model)), rounding, disable_names, patterns)
     keeps = spec.name == "msmodelslim" or (spec.name == "mindspore" and not isinstance(rounding, Rounding))
     scale_dtype = "keep" if keeps else None
     settings = Settings(jobs=jobs, max_shard_size=max_shard_size, scale_dtype=scale_dtype, max_memory=max_memory, qkv_concat=qkv_concat)
     checkpoint.keep_scales(max(0, max_memory - LIBRARIES) // _SHARE, entries_in_flight(settings.workers))
     # A probe would read every weight, to find what is so by construction: symmetric, finite, in range.
-    plan = Planner(checkpoint, spec, variant, named, settings).plan(probe=False)
+    plan = Planner(checkpoint, target, settings).plan(probe=False)
     if recipe is not None and recipe.golden_stick is not None:
         _check_words(plan)
         plan.options |= {"recipe": recipe.model_dump(exclude_defaults=True)}

@@ -59,12 +59,16 @@ print(measure(one, samples, other).drift[-1])
 """
 GROUPS = "w_bit: 4, a_bit: 16, is_lowbit: true, open_outlier: false, group_size: 128"
 GPTQ = f"{{quant: {{{GROUPS}, w_method: GPTQ, percdamp: 0.05}}, gptq: {{act_group_aware: true}}}}"
+SORTED = f"{{quant: {{{GROUPS}, w_method: GPTQ, percdamp: 0.05}}, gptq: {{act_order: true}}}}"
 AWQ = f"{{quant: {{{GROUPS}, w_sym: false}}, awq: {{}}}}"
 ROUNDED = f"{{quant: {{{GROUPS}}}}}"
 TOOLS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "gptq": {
-        "GPTQModel 7.6.0": ("gptqmodel", {"bits": 4, "group_size": 128, "sym": True, "act_group_aware": True, "damp_percent": 0.05}),
-        "llm-compressor 0.12.0.2": (
+        "GPTQModel 7.6.0": (  # groups by their largest input, as our first row
+            "gptqmodel",
+            {"bits": 4, "group_size": 128, "sym": True, "act_group_aware": True, "damp_percent": 0.05},
+        ),
+        "llm-compressor 0.12.0.2": (  # groups of sorted inputs, as our second
             "compressed_tensors",
             {"method": "gptq", "targets": "Linear", "scheme": "W4A16", "dampening_frac": 0.05, "actorder": "group"},
         ),
@@ -142,6 +146,8 @@ def rows(method: str, source: Path, target: Path, samples: Path) -> dict[str, li
     ours = [*own(), OURS, str(source), str(target)]
     recipe, to = {"gptq": (GPTQ, "gptq"), "awq": (AWQ, "awq")}[method]
     found = {f"Weighbridge, {method}": [*ours, recipe, str(samples), to]}
+    if method == "gptq":
+        found["Weighbridge, gptq, act order"] = [*ours, SORTED, str(samples), "compressed-tensors"]
     for name, (tool, about) in TOOLS[method].items():
         if (python := python_of(tool)) is not None:
             settings = samples.with_name(f"{tool}.json")

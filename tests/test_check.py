@@ -687,12 +687,12 @@ def test_what_to_do_names_the_new_routes() -> None:
     static = FIXTURES / "msmodelslim_w8" / "w8a8_static_bf16"
     assert check(static, "vllm").unmet[0].mend == f"weighbridge convert {static} OUT --to compressed-tensors"
     assert check(static, "transformers").unmet[0].mend == f"weighbridge convert {static} OUT --to compressed-tensors"
-    assert check(static, "autoawq").unmet[0].mend == f"weighbridge convert {static} OUT --to awq"
+    assert check(static, "autoawq").unmet[0].mend == f"weighbridge convert {static} OUT --to autoawq"
     four = FIXTURES / "msmodelslim" / "w4a16_pc_sym_bf16"
     kind = next(one for one in check(four, "vllm-ascend").unmet if one.code == "type")
     assert kind.mend.startswith(f"weighbridge convert {four} OUT --to msmodelslim --for vllm-ascend")
     compressed = FIXTURES / "compressed_tensors" / "w4a16_g128_sym_bf16"
-    assert check(compressed, "mindie").unmet[0].mend == f"weighbridge convert {compressed} OUT --to msmodelslim --for mindie"
+    assert check(compressed, "mindie").unmet[0].mend == f"weighbridge convert {compressed} OUT --to mindie"
 
 
 def test_a_float_folder() -> None:

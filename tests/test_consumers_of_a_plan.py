@@ -11,6 +11,7 @@ from checkpoints import FIXTURES, model, roll_back, write_msmodelslim
 from convert import check, convert, plan
 from convert.checking import consumers_of
 from convert.consumers import CONSUMERS
+from formats.errors import UsageError
 
 TARGETS = ["awq", "awq:gemv", "awq:gemv_fast", "gptq:v1", "gptq:v2", "msmodelslim:ascendv1", "compressed-tensors", "dense"]
 
@@ -75,6 +76,23 @@ def test_the_consumer_asked_for_refuses_what_it_would_not_load(tmp_path: Path) -
     assert plan(source, "compressed-tensors", consumer="vllm").refusals == []
     refusals = plan(source, "msmodelslim", consumer="mindie").refusals
     assert {(refusal.code, refusal.needs) for refusal in refusals} == {("group-size", "groups of 32 inputs")}
+
+
+def test_a_target_that_is_a_consumer(tmp_path: Path) -> None:
+    """Its best format and dialect, and its requirements: LMDeploy's kernels know groups of 128 only."""
+    source = FIXTURES / "compressed_tensors" / "w4a16_g128_sym_bf16"
+    found = plan(source, "lmdeploy")
+    assert (found.target_name, found.refusals) == ("awq:gemm", [])
+    convert(source, tmp_path / "out", "lmdeploy")
+    assert check(tmp_path / "out", "lmdeploy").ok
+    small = write_msmodelslim(tmp_path / "small", model(group=32))
+    (refusal,) = plan(small, "lmdeploy").refusals
+    assert plan(small, "vllm-ascend").target_name == "msmodelslim:vllm-ascend"
+    assert (refusal.code, refusal.needs) == ("group-size", "group size 32")
+    with pytest.raises(UsageError, match="--to lmdeploy --for vllm: are two consumers"):
+        plan(source, "lmdeploy", consumer="vllm")
+    with pytest.raises(UsageError, match=r"there is no format 'lmdeplo'; there are .*awq.*; and what loads them: .*lmdeploy"):
+        plan(source, "lmdeplo")
 
 
 def test_the_page_is_the_table() -> None:

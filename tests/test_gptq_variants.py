@@ -15,8 +15,9 @@ from checkpoints import BFLOAT16, FIXTURES, Array, Tensors, change_json, change_
 from convert import convert
 from convert.options import Settings
 from convert.planning import Planner, plan
+from convert.targets import find_target
 from convert.verification import fingerprint, verify
-from formats import find_format, open_checkpoint
+from formats import open_checkpoint
 from formats.checkpoint import Location, ZerosReading
 from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.gptq import CarriedZeros, Gptq, has_full_lanes, zeros_layout
@@ -176,8 +177,7 @@ def fingerprint_of(checkpoint: Gptq) -> str:
 def test_a_zero_point_beyond_the_largest_code_is_refused_by_name() -> None:
     """Read plainly, 15 + 1 = 16: no 4-bit format can say it, dense can."""
     for target, refused in (("awq", True), ("gptq:v2", True), ("dense", False)):
-        spec, variant, named = find_format(target)
-        found = Planner(opened(ASYMMETRIC, "plain"), spec, variant, named, Settings(jobs=1)).plan(True)
+        found = Planner(opened(ASYMMETRIC, "plain"), find_target(target), Settings(jobs=1)).plan(True)
         texts = [str(refusal) for refusal in found.refusals]
         assert bool(texts) == refused
         assert not refused or (POISONED in texts[0] and "a zero point of 16" in texts[0] and "ends at 15" in texts[0])

@@ -309,6 +309,17 @@ def test_an_svg_of_layers_without_ranges(source: Path, tmp_path: Path) -> None:
 # --- what stops it, before the model is touched -----------------------------------------------------------------------
 
 
+def test_a_consumer_that_would_not_load_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LMDeploy's kernels know groups of 128 only; those are written."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Weights, "fill", lambda self, module, path: pytest.fail("was loaded"))
+        small = loads("quant: {w_bit: 4, a_bit: 16, is_lowbit: true, open_outlier: false, group_size: 64, w_method: HQQ}")
+        with pytest.raises(RefusedError, match=r"needs group size 64; lmdeploy 0\.18\.0 wants group size 128"):
+            quantize_model(source, tmp_path / "out", small, "lmdeploy")
+    quantize_model(source, tmp_path / "out", "w4a16-rtn", "lmdeploy")
+    assert convert.check(tmp_path / "out", "lmdeploy").ok
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
