@@ -33,6 +33,7 @@ from formats.ir import dequantize, read
 
 from .architectures import Architecture, architecture_of
 from .devices import HOST
+from .models import config_of
 from .stage import forward
 
 __all__ = ["Blocks", "Inputs", "Sample", "Shell", "States", "Weights", "advance", "shell", "to_torch"]
@@ -335,10 +336,7 @@ def shell(checkpoint: Checkpoint) -> Shell:
         raise UnreadableError(f"{location.folder}: has no config.json, so it is no model's folder; name the float model's (base model)")
     library: Any = transformers
     try:
-        if (document := location.documents.get("config.json")) is not None:
-            config = library.AutoConfig.for_model(**document)
-        else:
-            config = library.AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
+        config = config_of(location)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):

@@ -1,4 +1,9 @@
-"""Float models and tokenizers as transformers loads them, from a folder alone: no code of the folder is run, nothing is fetched."""
+"""Float models and tokenizers as transformers loads them, from a folder alone: no code of the folder is run, nothing is fetched.
+
+InternLM's own code lies in its folders. But the first InternLM (``model_type`` internlm) is Llama with biases in attention, and so
+transformers' Llama is built for it: q, k, v and o have biases where ``bias`` says so, and of ``rotary`` the type "dynamic" is Llama's
+dynamic NTK scaling (its modeling_internlm.py as published). Its tokenizer is Llama's too, over ``tokenizer.model``.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,42 @@ from typing import Any
 
 import transformers
 
+from formats.checkpoint import Location
 from formats.errors import UnreadableError
 
-__all__ = ["load_model", "load_tokenizer"]
+__all__ = ["config_of", "load_model", "load_tokenizer"]
+
+_AS_LLAMA = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act rms_norm_eps "
+    "max_position_embeddings initializer_range use_cache pad_token_id bos_token_id eos_token_id tie_word_embeddings torch_dtype dtype"
+).split()
+"""Keys of InternLM's config that Llama's has too."""
+
+
+def config_of(location: Location) -> Any:
+    """transformers' config of the model in a folder.
+
+    :raises UnreadableError: an InternLM whose rotary embeddings are of an unknown type. What transformers raises is not caught
+    """
+    library: Any = transformers
+    document = location.json("config.json") or {}
+    if document.get("model_type") == "internlm":
+        return library.LlamaConfig(**_internlm(location, document))
+    if "config.json" in location.documents:
+        return library.AutoConfig.for_model(**document)
+    return library.AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
+
+
+def _internlm(location: Location, document: dict[str, Any]) -> dict[str, Any]:
+    rotary = document.get("rotary") or {}
+    kind = rotary.get("type", "origin")
+    if kind not in {"origin", "dynamic"}:
+        raise UnreadableError(f"{location.folder}: rotary type {kind!r} in config.json, wanted origin or dynamic; correct the config")
+    said = {key: document[key] for key in _AS_LLAMA if key in document}
+    said |= {"attention_bias": document.get("bias", True), "rope_theta": float(rotary.get("base", 10000))}
+    if kind == "dynamic":
+        said["rope_scaling"] = {"rope_type": "dynamic", "factor": float(rotary.get("scaling_factor", 1.0))}
+    return said
 
 
 def load_model(folder: Path) -> Any:
@@ -23,7 +61,8 @@ def load_model(folder: Path) -> Any:
     library: Any = transformers
     try:
         with _without_bars(library.utils.logging):
-            model = library.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **{name: "auto"})
+            said = {"config": config_of(Location.of(folder)), name: "auto"}
+            model = library.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **said)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UnreadableError(f"{folder}: transformers {transformers.__version__} cannot load it ({first.strip():.300})") from error
@@ -49,5 +88,19 @@ def load_tokenizer(folder: Path) -> Any:
         return library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if not (folder / "tokenizer.json").is_file():
+            if (Location.of(folder).json("config.json") or {}).get("model_type") == "internlm":
+                return _internlm_tokenizer(folder)
             raise UnreadableError(f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]:.300})") from error
         return library.PreTrainedTokenizerFast(tokenizer_file=os.fspath(folder / "tokenizer.json"))
+
+
+def _internlm_tokenizer(folder: Path) -> Any:
+    """Llama's, from ``tokenizer.model``."""
+    library: Any = transformers
+    try:
+        return library.LlamaTokenizer(vocab_file=os.fspath(folder / "tokenizer.model"), legacy=True)
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise UnreadableError(
+            f"{folder}: its tokenizer.model cannot be loaded ({why:.300}); InternLM's needs sentencepiece: pip install sentencepiece"
+        ) from error
