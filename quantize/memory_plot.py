@@ -22,12 +22,13 @@ def draw(found: Footprint) -> Figure:
     axes: Any = figure.subplots()
     batches = sorted({use.batch for use in found.uses})
     width = 0.8 / len(found.kvs)
+    shown = {"weights": 0, "rest": len(found.kvs) - 1}  # in the legend: weights, each cache, engine
     for number, kv in enumerate(found.kvs):
         places = [index + (number - (len(found.kvs) - 1) / 2) * width for index in range(len(batches))]
         uses, below = [found.of(kv, batch) for batch in batches], [0.0] * len(batches)
         for part, label, colour in (("weights", "weights", "C0"), ("cache", f"{kv} cache", f"C{number + 1}"), ("rest", "engine", "0.7")):
             heights = [getattr(use, part) / MIB / 1024 for use in uses]
-            axes.bar(places, heights, 0.9 * width, bottom=below, label=label if number == 0 or part == "cache" else None, color=colour)
+            axes.bar(places, heights, 0.9 * width, bottom=below, label=label if shown.get(part, number) == number else None, color=colour)
             below = [low + high for low, high in zip(below, heights, strict=True)]
     axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
     axes.set_xlabel("sequences at a time")
