@@ -16,14 +16,19 @@ from quantize.architectures import ARCHITECTURES
 from quantize.blocks import Blocks
 from quantize.config import AntiOutlierConfig
 from quantize.layerwise import Job, LayerRun
-from quantize.lmdeploy_awq import round_lmdeploy, smooth_layer, smoothing_scale
+from quantize.lmdeploy_awq import relative_magnitude, round_lmdeploy, smooth_layer, smoothing_scale
 from quantize.lmdeploy_calibration import observe
 from quantize.methods import LmdeployAwq
 from quantize.recipe import load, loads
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "lmdeploy"
 OLD, NEW = LmdeployAwq("0.1"), LmdeployAwq("0.4.2")
-GOLDENS = {"0.1.0": ("llama_mha", "statistics_v010", "awq_v010", OLD), "0.18.0": ("qwen2_gqa", "statistics_v018", "awq_v018", NEW)}
+SEARCH = LmdeployAwq("0.4.2", search_scale=True)
+GOLDENS = {
+    "0.1.0": ("llama_mha", "statistics_v010", "awq_v010", OLD),
+    "0.18.0": ("qwen2_gqa", "statistics_v018", "awq_v018", NEW),
+    "0.18.0 searched": ("qwen2_gqa", "awq_search_v018", "awq_search_v018", SEARCH),
+}
 CHANNELS = [0, 2, 4, 6, 1, 3, 5, 7]
 """Which channel of eight the nibbles of a word hold, the lowest first."""
 
@@ -36,13 +41,13 @@ def unpacked(words: Tensor) -> Tensor:
     return natural.flatten(1)
 
 
-def smoothed(folder: Path, largest: dict[str, Tensor], settings: LmdeployAwq) -> nn.Module:
+def smoothed(folder: Path, inputs: dict[str, Tensor], settings: LmdeployAwq, ratios: dict[str, float] | None = None) -> nn.Module:
     """The model in memory, all its layers smoothed."""
     blocks = Blocks.open(folder)
     model = blocks.load()
     with torch.no_grad():
         for name in blocks.names:
-            smooth_layer(model, blocks.architecture, name, largest, settings, 128)
+            smooth_layer(model, blocks.architecture, name, inputs, settings, 128, ratios)
     return model
 
 
@@ -51,8 +56,9 @@ def test_folders_are_the_tools(version: str) -> None:
     """From the tool's own statistics: codes, zero points and scales of every linear, every norm, bias and embedding, bit for bit."""
     folder, statistics, made, settings = GOLDENS[version]
     told = load_file(FIXTURES / made / "model.safetensors")
-    largest = torch.load(FIXTURES / statistics / "inputs_stats.pth", weights_only=True)["absmax"]
-    model, seen = smoothed(FIXTURES / folder, largest, settings), set()
+    found = torch.load(FIXTURES / statistics / "inputs_stats.pth", weights_only=True)
+    inputs = found["absmean" if settings.search_scale else "absmax"]
+    model, seen = smoothed(FIXTURES / folder, inputs, settings, found.get("ratios")), set()
     for name, linear in model.named_modules():
         if f"{name}.qweight" not in told:
             continue
@@ -114,14 +120,23 @@ def test_zeros_alone_are_zeros() -> None:
 def test_repairs_are_told(tmp_path: Path) -> None:
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / "llama_mha", dtype=torch.float16)
-    model.model.layers[1].mlp.gate_proj.weight.data[5, :128] = model.model.layers[1].mlp.gate_proj.weight.data[5, :128].abs() + 0.1
+    model = transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / "qwen2_gqa", dtype=torch.float16)
+    gate, output = model.model.layers[1].mlp.gate_proj.weight.data, model.model.layers[1].self_attn.o_proj.weight.data
+    gate[5, :128] = gate[5, :128].abs() + 0.1
+    output[7, 128:] = 0.25  # which no smoothing changes: its heads are grouped
     model.save_pretrained(tmp_path / "model")
     ids = torch.load(FIXTURES / "statistics_v010" / "calib_ids.pt", weights_only=True).split(1)
     result = quantize_model(
         tmp_path / "model", tmp_path / "out", "lmdeploy-awq-0.1", "awq", calib=[[one, torch.ones_like(one)] for one in ids]
     )
-    assert "1 groups of weights of one sign (first in model.layers.1.mlp.gate_proj)" in result.notes[0]
+    assert "2 groups of weights of one sign (first in model.layers.1.self_attn.o_proj)" in result.notes[0]
+    counts = {layer.name: layer.repaired for layer in result.layers if layer.repaired}
+    assert counts == {"model.layers.1.self_attn.o_proj": 1, "model.layers.1.mlp.gate_proj": 1}
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    zeros = {name: unpacked(made[f"model.layers.1.{name}.qzeros"]) for name in ("mlp.gate_proj", "self_attn.o_proj")}
+    assert (zeros["mlp.gate_proj"][0, 5], zeros["self_attn.o_proj"][1, 7]) == (0, 0)
+    assert unpacked(made["model.layers.1.self_attn.o_proj.qweight"])[128:, 7].eq(15).all()
+    assert float(made["model.layers.1.self_attn.o_proj.scales"][1, 7]) == pytest.approx(0.25 / 15, rel=1e-3)
 
 
 def test_rounding_is_away_from_zero_until_0_4_1_and_to_even_since() -> None:
@@ -134,18 +149,19 @@ def test_rounding_is_away_from_zero_until_0_4_1_and_to_even_since() -> None:
 
 def test_scale_by_hand() -> None:
     """Two inputs in one group, two rows: w = mean of [1, 1/2] and [1, 1] over rows = [1, 3/4]; a = [4, 1]."""
-    found = smoothing_scale(torch.tensor([4.0, 1.0]), [torch.tensor([[2.0, 1.0]]), torch.tensor([[-3.0, 3.0]])], 2, OLD, True)
+    magnitude = relative_magnitude([torch.tensor([[2.0, 1.0]]), torch.tensor([[-3.0, 3.0]])], 2, OLD)
+    found = smoothing_scale(torch.tensor([4.0, 1.0]), magnitude, OLD, True)
     bare = torch.tensor([2.0, 1 / 0.75**0.5])
     torch.testing.assert_close(found, bare / (bare.max() * bare.min()).sqrt())
 
 
 def test_an_input_of_zeros_is_an_error_until_0_4_1() -> None:
     """There it divides by 0; since then the scale is at least 1e-4."""
-    weights = [torch.ones(4, 2)]
-    assert smoothing_scale(torch.tensor([1.0, 0.0]), weights, 2, OLD, True).isfinite().all().logical_not()
-    assert smoothing_scale(torch.tensor([1.0, 0.0]), weights, 2, NEW, True).isfinite().all()
+    magnitude = torch.ones(2)
+    assert smoothing_scale(torch.tensor([1.0, 0.0]), magnitude, OLD, True).isfinite().all().logical_not()
+    assert smoothing_scale(torch.tensor([1.0, 0.0]), magnitude, NEW, True).isfinite().all()
     largest = torch.load(FIXTURES / "statistics_v010" / "inputs_stats.pth", weights_only=True)["absmax"]
-    largest["model.layers.0.self_attn.q_proj"][3] = 0
+    largest["model.layers.0.self_attn.k_proj"][3] = 0
     with pytest.raises(UnreadableError, match=r"model\.layers\.0\.input_layernorm: .* use lmdeploy-awq"):
         smoothed(FIXTURES / "llama_mha", largest, OLD)
 
@@ -174,6 +190,8 @@ QUANT = "quant: {w_bit: 4, a_bit: 16, w_sym: false, is_lowbit: true, open_outlie
         ('quant: {w_bit: 8, a_bit: 8, mm_tensor: false}\nlmdeploy_awq: {version: "0.1"}\n', "lmdeploy_awq: is for weights alone"),
         (QUANT + 'lmdeploy_awq: {version: "0.5"}\n', "version: '0.5' is not 0.1"),
         (QUANT + "awq: {}\nlmdeploy_awq: {}\n", "smooths by itself"),
+        (QUANT + 'lmdeploy_awq: {version: "0.1", search_scale: true}\n', "search_scale: LMDeploy searches since 0.4.2"),
+        (QUANT + "lmdeploy_awq: {smooth: false, search_scale: true}\n", "search_scale: is of the scales"),
     ],
 )
 def test_recipes_that_make_no_sense(text: str, message: str) -> None:
