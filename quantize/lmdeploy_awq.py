@@ -20,8 +20,9 @@ Facts, read off LMDeploy 0.1.0 and 0.18.0 (PyPI, ``lite/quantization/awq.py`` an
    s        as it is                                 ``w^(1-r)`` at least 1e-4 where one is 0, ``s`` at least 1e-4; 1 where a norm is 0
    =======  =======================================  ==========================================================================
 
-   ``round`` is to even, ``away`` halves away from zero. 0.1 stores the float32 scales as they are, and its engine rounds them to float16.
-   Here they are float32 until a format stores them: ``--to awq`` in float16, which all loaders take, and ``--scale-dtype float32`` as 0.1.
+   ``round`` is to even, ``away`` halves away from zero. From linear to linear ``s`` is divided in float32, as by
+   the tool since 0.13. 0.1 stores the float32 scales as they are, and its engine rounds them to float16. Here they are float32 until a
+   format stores them: ``--to awq`` in float16, which all loaders take, with ``--scale-dtype float32`` as 0.1.
 5. Repaired: in a group of one sign the zero point lies outside of 0 to 15. 0.1 wrote it so, over its neighbours' bits, and a constant group
    has a scale of 0; 0.4.2 clamps it, and the weights with it. Here such a group's range reaches to 0, and it is counted (``repaired``).
 """
@@ -72,7 +73,7 @@ def largest_inputs(model: nn.Module, names: Sequence[str], samples: Sequence[Any
 
 
 def smoothed_subgraphs(model: nn.Module, architecture: Architecture, layer: str) -> list[Subgraph]:
-    """Those of the decoder layer called ``layer`` that are smoothed, in the order of rule 1, each with its targets in the order of rule 2."""
+    """What is smoothed of the decoder layer called ``layer``, in the order of rule 1, each with its targets in that of rule 2."""
     there = dict(model.named_modules())
     placed = [subgraph.placed(layer) for subgraph in architecture.subgraphs if subgraph.rows == "all"]
     found = [replace(subgraph, targets=tuple(sorted(subgraph.targets))) for subgraph in placed if _is_smoothed(there, subgraph)]
@@ -120,11 +121,13 @@ def _smooth(model: nn.Module, subgraph: Subgraph, activation: Tensor, settings: 
     scale = smoothing_scale(activation, magnitude, settings, is_norm, ratio, off)
     if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
         why = (
-            "as where an input was 0 in all of calibration, or a group of weights is; LMDeploy until 0.4.1 cannot smooth it: use lmdeploy-awq"
+            "as where an input was 0 in all of calibration, or a group of weights is; LMDeploy until 0.4.1 cannot smooth it: "
+            "use lmdeploy-awq"
             if settings.is_old
             else f"as where inputs or their mean are beyond {magnitude.dtype}, in which LMDeploy computes; run the model in bfloat16"
         )
-        raise UnreadableError(f"{subgraph.source}: {int((~(scale > 0)).sum())} of {scale.numel()} smoothing scales are 0 or no numbers, {why}")
+        bad = int((~((scale > 0) & torch.isfinite(scale))).sum())
+        raise UnreadableError(f"{subgraph.source}: {bad} of {scale.numel()} smoothing scales are 0 or no numbers, {why}")
     source.weight.div_(scale.view(-1, *([1] * (source.weight.dim() - 1))))
     if getattr(source, "bias", None) is not None:
         source.bias.div_(scale)

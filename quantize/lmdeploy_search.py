@@ -115,7 +115,7 @@ def search_ratios(
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     linear: Any = model.get_submodule(name)
-    return linear  # type: ignore[no-any-return]
+    return linear
 
 
 def _block_of(subgraph: Subgraph) -> str:

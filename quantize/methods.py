@@ -83,7 +83,7 @@ class LmdeployAwq:
             raise UsageError(f"version: {self.version!r} is not 0.1 (until 0.4.1) or 0.4.2 (and today)")
         check_flags(self, "search_scale", "smooth")
         if self.search_scale and self.is_old:
-            raise UsageError("search_scale: LMDeploy searches since 0.4.2; leave it out, or write version: \"0.4.2\"")
+            raise UsageError('search_scale: LMDeploy searches since 0.4.2; leave it out, or write version: "0.4.2"')
         if self.search_scale and not self.smooth:
             raise UsageError("search_scale: is of the scales by which inputs are smoothed; leave it out, or smooth: false")
 

@@ -23,12 +23,7 @@ from quantize.recipe import load, loads
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "lmdeploy"
 OLD, NEW = LmdeployAwq("0.1"), LmdeployAwq("0.4.2")
-SEARCH = LmdeployAwq("0.4.2", search_scale=True)
-GOLDENS = {
-    "0.1.0": ("llama_mha", "statistics_v010", "awq_v010", OLD),
-    "0.18.0": ("qwen2_gqa", "statistics_v018", "awq_v018", NEW),
-    "0.18.0 searched": ("qwen2_gqa", "awq_search_v018", "awq_search_v018", SEARCH),
-}
+GOLDENS = {"0.1.0": ("llama_mha", "statistics_v010", "awq_v010", OLD), "0.18.0": ("qwen2_gqa", "statistics_v018", "awq_v018", NEW)}
 CHANNELS = [0, 2, 4, 6, 1, 3, 5, 7]
 """Which channel of eight the nibbles of a word hold, the lowest first."""
 
@@ -41,13 +36,13 @@ def unpacked(words: Tensor) -> Tensor:
     return natural.flatten(1)
 
 
-def smoothed(folder: Path, inputs: dict[str, Tensor], settings: LmdeployAwq, ratios: dict[str, float] | None = None) -> nn.Module:
+def smoothed(folder: Path, inputs: dict[str, Tensor], settings: LmdeployAwq) -> nn.Module:
     """The model in memory, all its layers smoothed."""
     blocks = Blocks.open(folder)
     model = blocks.load()
     with torch.no_grad():
         for name in blocks.names:
-            smooth_layer(model, blocks.architecture, name, inputs, settings, 128, ratios)
+            smooth_layer(model, blocks.architecture, name, inputs, settings, 128)
     return model
 
 
@@ -56,9 +51,8 @@ def test_folders_are_the_tools(version: str) -> None:
     """From the tool's own statistics: codes, zero points and scales of every linear, every norm, bias and embedding, bit for bit."""
     folder, statistics, made, settings = GOLDENS[version]
     told = load_file(FIXTURES / made / "model.safetensors")
-    found = torch.load(FIXTURES / statistics / "inputs_stats.pth", weights_only=True)
-    inputs = found["absmean" if settings.search_scale else "absmax"]
-    model, seen = smoothed(FIXTURES / folder, inputs, settings, found.get("ratios")), set()
+    largest = torch.load(FIXTURES / statistics / "inputs_stats.pth", weights_only=True)["absmax"]
+    model, seen = smoothed(FIXTURES / folder, largest, settings), set()
     for name, linear in model.named_modules():
         if f"{name}.qweight" not in told:
             continue
@@ -76,13 +70,21 @@ def test_folders_are_the_tools(version: str) -> None:
     assert len(seen) == 14 * 3
 
 
-@pytest.mark.parametrize(("recipe", "settings"), [("lmdeploy-awq-0.1", OLD), ("lmdeploy-awq", NEW)])
-def test_recipes_write_what_the_whole_model_gives(recipe: str, settings: LmdeployAwq, tmp_path: Path) -> None:
-    """A folder, layer by layer, beside the model smoothed in memory by the statistics of ``lmdeploy calibrate``."""
+@pytest.mark.parametrize(
+    ("recipe", "settings", "scales"),
+    [("lmdeploy-awq-0.1", OLD, "float16"), ("lmdeploy-awq-0.1", OLD, "float32"), ("lmdeploy-awq", NEW, "float16")],
+)
+def test_recipes_write_what_the_whole_model_gives(recipe: str, settings: LmdeployAwq, scales: str, tmp_path: Path) -> None:
+    """A folder, layer by layer, beside the model smoothed in memory by the statistics of ``lmdeploy calibrate``.
+
+    Scales in float32 are the very ones that LMDeploy 0.1 computes and stores.
+    """
     ids = list(torch.load(FIXTURES / "statistics_v010" / "calib_ids.pt", weights_only=True).split(1))
     source = FIXTURES / "llama_mha"
-    result = quantize_model(source, tmp_path / "out", recipe, "awq", calib=[[one, torch.ones_like(one)] for one in ids])
+    data = [[one, torch.ones_like(one)] for one in ids]
+    result = quantize_model(source, tmp_path / "out", recipe, "awq", calib=data, scale_dtype=None if scales == "float16" else scales)
     assert (result.smoothed, result.notes) == (8, ())
+    assert result.written.exact == (settings is NEW or scales == "float32")
     largest = observe(Blocks.open(source), ids).files()["inputs_stats"]["absmax"]
     model, made = smoothed(source, largest, settings), load_file(tmp_path / "out" / "model.safetensors")
     for name, linear in model.named_modules():
@@ -90,7 +92,7 @@ def test_recipes_write_what_the_whole_model_gives(recipe: str, settings: Lmdeplo
             rounded, _ = round_lmdeploy(linear.weight, 128, settings)
             assert torch.equal(unpacked(made[f"{name}.qweight"]).T, rounded.codes.int() + 8), name
             assert torch.equal(unpacked(made[f"{name}.qzeros"]).T, rounded.offset.int() + 8), name
-            assert torch.equal(made[f"{name}.scales"].T, rounded.scale.half()), name
+            assert torch.equal(made[f"{name}.scales"].T, rounded.scale.to(getattr(torch, scales))), name
         elif "norm" in name:
             assert torch.equal(made[f"{name}.weight"], linear.weight), name
 
