@@ -124,7 +124,7 @@ def _smooth(model: nn.Module, subgraph: Subgraph, activation: Tensor, settings: 
             "as where an input was 0 in all of calibration, or a group of weights is; LMDeploy until 0.4.1 cannot smooth it: "
             "use lmdeploy-awq"
             if settings.is_old
-            else f"as where inputs or their mean are beyond {magnitude.dtype}, in which LMDeploy computes; run the model in bfloat16"
+            else f"as where inputs or their mean are beyond {magnitude.dtype}, in which LMDeploy computes; run the model in a wider dtype"
         )
         bad = int((~((scale > 0) & torch.isfinite(scale))).sum())
         raise UnreadableError(f"{subgraph.source}: {bad} of {scale.numel()} smoothing scales are 0 or no numbers, {why}")

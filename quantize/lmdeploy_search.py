@@ -179,6 +179,6 @@ def _best_ratio(
     if best is None:
         raise UnreadableError(
             f"{name}: the output that it is part of is not finite in {weights[0].dtype}, rounded by whatever ratio; check the calibration "
-            "data, or run the model in bfloat16"
+            "data, or run the model in a wider dtype"
         )
     return best

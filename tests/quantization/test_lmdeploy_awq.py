@@ -168,6 +168,13 @@ def test_an_input_of_zeros_is_an_error_until_0_4_1() -> None:
         smoothed(FIXTURES / "llama_mha", largest, OLD)
 
 
+def test_inputs_that_are_not_finite_are_an_error() -> None:
+    largest = torch.load(FIXTURES / "statistics_v018" / "inputs_stats.pth", weights_only=True)["absmax"]
+    largest["model.layers.0.mlp.gate_proj"][3] = torch.inf
+    with pytest.raises(UnreadableError, match=r"model\.layers\.0\.post_attention_layernorm: 256 of 256 .* beyond torch\.float16, .* wider"):
+        smoothed(FIXTURES / "qwen2_gqa", largest, NEW)
+
+
 def test_models_that_no_table_knows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its layers' names there is no smoothing, and rounding alone would be another recipe."""
     monkeypatch.delitem(ARCHITECTURES, "llama")
