@@ -10,8 +10,8 @@ against what 0.18.0 found:
 3. Kept is the first ratio of the least mean square error of a module's output: of the attention or the MLP that holds a norm's targets, of
    the target itself where the source is a linear. Its weights are ``fake(W s) / s``, and outputs are subtracted in the model's dtype.
 4. All of this is the float model: neither the layers before nor the other subgraphs of the layer are rounded or smoothed.
-5. On a CPU the tool's copy of the weights is the weights themselves, so one ratio is tried on what the one before has rounded, and the
-   folder holds the wreck. Here every ratio is tried on the model's own weights, as on a GPU.
+5. On a CPU the tool's copy of the weights is the weights themselves, so they stay multiplied by the first ratio's scale, sample after
+   sample, and no source is divided by it. Here every ratio is tried on the model's own weights, as on a GPU.
 6. ``fake`` is what will be stored: groups of one sign reach to 0 (``round_lmdeploy``), and a linear that stays in float is not rounded.
 
 A search rounds every linear of a layer, and runs its attention and MLP, twenty times for every sample. AutoAWQ's (``awq``) does so for all
