@@ -14,8 +14,8 @@ against what 0.18.0 found:
    sample, and no source is divided by it. Here every ratio is tried on the model's own weights, as on a GPU.
 6. ``fake`` is what will be stored: groups of one sign reach to 0 (``round_lmdeploy``), and a linear that stays in float is not rounded.
 
-A search rounds every linear of a layer, and runs its attention and MLP, twenty times for every sample. AutoAWQ's (``awq``) does so for all
-samples together, on inputs that the quantized layers before made.
+A search rounds every linear of a layer, and runs its attention and MLP, twenty times for every sample. AutoAWQ's (``awq``) rounds
+twenty times for all samples together, on inputs that the quantized layers before made.
 """
 
 from __future__ import annotations
