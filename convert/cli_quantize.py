@@ -10,7 +10,7 @@ import typer
 
 from formats.errors import UsageError
 
-from .cli_options import BASE_MODEL, DATA_TEMPLATE, DEVICE, DTYPE, JOBS, JSON, MEMORY, SHARD, TO, WORK_DIR
+from .cli_options import BASE_MODEL, DATA_TEMPLATE, DEVICE, DTYPE, JOBS, JSON, MEMORY, SCALE_DTYPE, SHARD, TO, WORK_DIR
 from .memory import give_back_at_once
 from .printing import TrialRows, print_analysis, print_evaluation, print_quantized, print_scores, print_tasks, print_tuned
 from .terminal import parse_size, print_json
@@ -35,7 +35,7 @@ def quantize(
         "--recipe",
         metavar="NAME|FILE.yaml",
         help="w8a8, w8a8-dynamic, w8a8-kv8, w8a8-sparse, w8a16, w4a16-rtn, -gptq, -awq, gs-rtn-a16w8, gs-smooth-a8w8, gs-ptq, "
-        "lmdeploy-awq, or a file.",
+        "lmdeploy-awq, -awq-search, -awq-0.1, lmdeploy-rtn, or a file.",
     ),
     to: str = TO,
     device: str = DEVICE,
@@ -43,6 +43,7 @@ def quantize(
     samples: int | None = typer.Option(None, "--samples", min=1, help="At most so many samples of it. Default: the recipe's."),
     plot: str | None = typer.Option(None, "--plot", metavar="FILE", help="Draw range_parm and weight error by layer: .png or .svg."),
     max_shard_size: str = SHARD,
+    scale_dtype: str | None = SCALE_DTYPE,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing folder once the new one is whole."),
     resume: bool = typer.Option(False, "--resume", help="Fail if no interrupted run left its work; one that did is gone on with anyway."),
     jobs: int | None = JOBS,
@@ -65,6 +66,7 @@ def quantize(
         "resume": resume,
         "plot": plot,
         "max_shard_size": parse_size(max_shard_size),
+        "scale_dtype": scale_dtype,
         "jobs": jobs,
         "max_memory": parse_size(max_memory),
     }

@@ -23,7 +23,7 @@ configs need neither.
 ``recipe``           what to do, as YAML; ``run``: ``quantize_model``, a folder into a folder by a recipe
 ``ways``             layer by layer with ``work`` that outlives a kill, or with the whole model in memory
 ``streamed``         what needs no data, without torch, at the conversion engine's speed
-``lmdeploy_awq``     LMDeploy's ``auto_awq``; ``lmdeploy_calibration``: its ``calibrate``, on ``lmdeploy_text``
+``lmdeploy_awq``     LMDeploy's ``auto_awq``, with ``lmdeploy_search``; ``lmdeploy_calibration``: ``calibrate``, on ``lmdeploy_text``
 ``simulate``         what a quantized folder computes
 ``evaluation``       ``evaluate_model``: perplexity, accuracy, KL divergence of a folder; ``measure`` is its core
 ``analyze``          ``analyze_model``: which linears suffer from quantization

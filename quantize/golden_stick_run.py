@@ -64,6 +64,7 @@ def quantize_golden_stick(
     resume: bool = False,
     plot: str | os.PathLike[str] | None = None,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
+    scale_dtype: str | None = None,
     jobs: int | None = None,
     max_memory: int = DEFAULT_MEMORY,
     progress: Report | None = None,
@@ -88,7 +89,7 @@ def quantize_golden_stick(
     policies = policies_of(blocks, settings)
     wanted = Settings(
         max_shard_size=max_shard_size,
-        scale_dtype="keep" if target.spec.name in {"msmodelslim", "mindspore"} else None,
+        scale_dtype=scale_dtype or ("keep" if target.spec.name in {"msmodelslim", "mindspore"} else None),
         jobs=jobs,
         max_memory=max_memory,
         qkv_concat=qkv_concat,

@@ -30,11 +30,12 @@ from .anti_outlier import WRAPPED_NORMS, AntiOutlier, check_anti_names, norms_of
 from .attention import AttentionObserver
 from .blocks import Blocks, Sample
 from .choice import config_of, linears_of, named_float, wild_names
-from .compensated import awq_rounded, awq_scaled, gptq_rounded
+from .compensated import awq_rounded, awq_scaled, gptq_rounded, group_size_of
 from .config import AntiOutlierConfig, QuantConfig
 from .devices import resolve
 from .layers import STATIC_TYPES, QuantizedLayer, check_linear
-from .lmdeploy_awq import largest_inputs, lmdeploy_rounded, smooth_layer
+from .lmdeploy_awq import largest_inputs, lmdeploy_rounded, smooth_layer, smoothed_subgraphs
+from .lmdeploy_search import search_ratios
 from .methods import Awq, Gptq, LmdeployAwq
 from .recipe import Recipe
 from .stage import FEATURE_SAMPLES, Progress, Stage, rounded_to_nearest
@@ -133,7 +134,7 @@ class LayerRun:
             check_anti_names(job.anti_outlier, blocks.model)
         self.device = resolve(job.config.dev_type, job.config.dev_id)
         wanted = {"smoothed": self.samples if job.config.use_kvcache_quant and not ranges_only else self.samples[:FEATURE_SAMPLES]}
-        if job.anti_outlier is not None or job.lmdeploy_awq is not None:
+        if job.anti_outlier is not None or (job.lmdeploy_awq is not None and job.lmdeploy_awq.smooth):
             wanted["float"] = self.samples
         if not ranges_only and (self._has_static() or job.config.use_fa_quant or job.is_searched):
             wanted["quantized"] = self.samples
@@ -206,20 +207,32 @@ class LayerRun:
         for stream in self._streams.values():
             stream.advance(index)
 
-    def _smooth(self, model: nn.Module, index: int) -> tuple[str, ...]:
-        """Smooth the layer's subgraphs; their sources."""
+    def _smooth(
+        self, model: nn.Module, index: int, floats: frozenset[str] = frozenset(), progress: Progress | None = None
+    ) -> tuple[str, ...]:
+        """Smooth the layer's subgraphs; their sources. floats: linears that stay so."""
         config, settings = self.job.anti_outlier, self.job.lmdeploy_awq
-        if settings is not None:
-            stream = self._streams["float"]
-            largest = largest_inputs(model, list(linears_of(model)), stream.inputs, stream.made)
-            size = self.job.config.group_size if self.job.config.is_per_group else -1
-            return smooth_layer(model, self.blocks.architecture, self.blocks.names[index], largest, settings, size)
+        if settings is not None and settings.smooth:
+            return self._smooth_as_lmdeploy(model, index, settings, floats, progress)
         if config is None:
             return ()
         stream = self._streams["float"]
         smoother = AntiOutlier(model, stream.inputs, config, architecture=self.blocks.architecture, layer=index, made=stream.made)
         smoother.process()
         return tuple(subgraph.source for subgraph in smoother.subgraphs())
+
+    def _smooth_as_lmdeploy(
+        self, model: nn.Module, index: int, settings: LmdeployAwq, floats: frozenset[str], progress: Progress | None
+    ) -> tuple[str, ...]:
+        stream, size = self._streams["float"], group_size_of(self.job.config)
+        architecture, layer = self.blocks.architecture, self.blocks.names[index]
+        if not settings.search_scale:
+            largest = largest_inputs(model, list(linears_of(model)), stream.inputs, stream.made)
+            return smooth_layer(model, architecture, layer, largest, settings, size)
+        subgraphs, rounded = smoothed_subgraphs(model, architecture, layer), frozenset(self.to_quantize(floats))
+        found = search_ratios(model, subgraphs, stream.inputs, rounded, settings, size, stream.made, progress)
+        means, ratios = {name: one.magnitude for name, one in found.items()}, {name: one.ratio for name, one in found.items()}
+        return smooth_layer(model, architecture, layer, means, settings, size, ratios)
 
     def _observed(self, model: nn.Module, advance: bool) -> Stage:
         """The layer's linears with their range_parm; advance: this is the last pass of its stream."""
@@ -245,7 +258,7 @@ class LayerRun:
 
     def _made(self, model: nn.Module, index: int, floats: frozenset[str], progress: Progress) -> MadeLayer:
         config, samples = self.job.config, self.samples
-        smoothed = self._smooth(model, index)
+        smoothed = self._smooth(model, index, floats, progress)
         stage, cache = self._observed(model, advance=not config.use_kvcache_quant), None
         if config.use_kvcache_quant:
             stream = self._streams["smoothed"]

@@ -1,11 +1,13 @@
-"""LMDeploy's ``lite auto_awq``: weights in 4 bits, smoothed by one formula instead of AWQ's search, in the two arithmetics that it has had.
+"""LMDeploy's ``lite auto_awq``: weights in 4 bits, smoothed by one formula, in the two arithmetics that it has had.
 
 Facts, read off LMDeploy 0.1.0 and 0.18.0 (PyPI, ``lite/quantization/awq.py`` and ``weight/quantizer.py``) and tested against their folders:
 
 1. In every decoder layer the norms are smoothed first, then the value projection into the output projection and the up into the down
    projection. All use the inputs' largest magnitudes ``a`` [in] of the float model, before anything is smoothed.
-2. ``s = a^0.5 / w^0.5``, then ``s / sqrt(max(s) min(s))``; ``w`` [in] is the mean over all rows of the linears that read the input, stacked
+2. ``s = a^r / w^(1-r)``, then ``s / sqrt(max(s) min(s))``; ``w`` [in] is the mean over all rows of the linears that read the input, stacked
    by name, of ``|W|`` over its group's largest. The source is divided by ``s``, the targets' columns multiplied. All in the weights' dtype.
+   ``r`` is 0.5, or what ``--search-scale`` found (``lmdeploy_search``), which takes mean magnitudes for ``a``. ``--calib-samples 0``,
+   since 0.14, leaves smoothing out.
 3. Grouped heads: the value projection is left alone where it is narrower than what the output projection reads. So are fused sources.
 4. Numbers of a group of ``W``, whose extremes are ``least`` and ``most``:
 
@@ -15,10 +17,12 @@ Facts, read off LMDeploy 0.1.0 and 0.18.0 (PyPI, ``lite/quantization/awq.py`` an
    scale    ``(most - least) / 15``                  ``max(most - least, 1e-5) / 15``
    zero     ``away(-least / scale)``                 ``clamp(-round(least / scale), 0, 15)``
    codes    ``away((W - least) / scale)``            ``clamp(round(W / scale) + zero, 0, 15)``
-   s        as it is                                 ``w^0.5`` at least 1e-4 where one is 0, ``s`` at least 1e-4; 1 where a norm is 0
+   s        as it is                                 ``w^(1-r)`` at least 1e-4 where one is 0, ``s`` at least 1e-4; 1 where a norm is 0
    =======  =======================================  ==========================================================================
 
-   ``round`` is to even, ``away`` halves away from zero. 0.1 keeps the scales in float32.
+   ``round`` is to even, ``away`` halves away from zero. From linear to linear ``s`` is divided in float32, as by
+   the tool since 0.13. 0.1 stores the float32 scales as they are, and its engine rounds them to float16. Here they are float32 until a
+   format stores them: ``--to awq`` in float16, which all loaders take, with ``--scale-dtype float32`` as 0.1.
 5. Repaired: in a group of one sign the zero point lies outside of 0 to 15. 0.1 wrote it so, over its neighbours' bits, and a constant group
    has a scale of 0; 0.4.2 clamps it, and the weights with it. Here such a group's range reaches to 0, and it is counted (``repaired``).
 """
@@ -41,7 +45,9 @@ from .methods import LmdeployAwq
 from .rounding import RoundedWeight
 from .stage import MORE_SAMPLES, UNREACHED, Made, forward, watching
 
-__all__ = ["largest_inputs", "lmdeploy_rounded", "round_lmdeploy", "smooth_layer", "smoothing_scale"]
+__all__ = [
+    "largest_inputs", "lmdeploy_rounded", "relative_magnitude", "round_lmdeploy", "smooth_layer", "smoothed_subgraphs", "smoothing_scale",
+]  # fmt: skip
 
 ALPHA = 0.5
 LEVELS = 15
@@ -66,56 +72,71 @@ def largest_inputs(model: nn.Module, names: Sequence[str], samples: Sequence[Any
     return found
 
 
-def smooth_layer(
-    model: nn.Module, architecture: Architecture, layer: str, largest: Mapping[str, Tensor], settings: LmdeployAwq, group_size: int
-) -> tuple[str, ...]:
-    """Smooth the decoder layer called ``layer`` in place; the sources that were smoothed. largest: ``largest_inputs``."""
-    placed = [subgraph.placed(layer) for subgraph in architecture.subgraphs]
-    done = []
-    for subgraph in [*(one for one in placed if one.kind == "norm"), *(one for one in placed if one.kind != "norm")]:
-        if subgraph.rows != "all" or not _is_there(model, subgraph):
-            continue
-        if _smooth(model, subgraph, largest, settings, group_size):
-            done.append(subgraph.source)
-    return tuple(done)
+def smoothed_subgraphs(model: nn.Module, architecture: Architecture, layer: str) -> list[Subgraph]:
+    """What is smoothed of the decoder layer called ``layer``, in the order of rule 1, each with its targets in that of rule 2."""
+    there = dict(model.named_modules())
+    placed = [subgraph.placed(layer) for subgraph in architecture.subgraphs if subgraph.rows == "all"]
+    found = [replace(subgraph, targets=tuple(sorted(subgraph.targets))) for subgraph in placed if _is_smoothed(there, subgraph)]
+    return sorted(found, key=lambda subgraph: subgraph.kind != "norm")
 
 
-def _is_there(model: nn.Module, subgraph: Subgraph) -> bool:
-    there = {name for name, _ in model.named_modules()}
-    return {subgraph.source, *subgraph.targets} <= there
-
-
-def _smooth(model: nn.Module, subgraph: Subgraph, largest: Mapping[str, Tensor], settings: LmdeployAwq, group_size: int) -> bool:
-    """Smooth one subgraph; False where it is left alone (rule 3)."""
-    source: Any = model.get_submodule(subgraph.source)
-    targets: list[Any] = [model.get_submodule(name) for name in sorted(subgraph.targets)]
-    activation = largest.get(subgraph.targets[0])
-    if activation is None:
-        raise UnreadableError(f"{subgraph.targets[0]}: {UNREACHED}, and smoothing needs its inputs; {MORE_SAMPLES}")
-    if subgraph.kind != "norm" and source.weight.shape[0] != activation.numel():
+def _is_smoothed(there: Mapping[str, Any], subgraph: Subgraph) -> bool:
+    """Whether all its modules are ``there``, and each row of the source feeds one column (rule 3)."""
+    if not {subgraph.source, *subgraph.targets} <= there.keys():
         return False
-    off = source.weight == 0 if subgraph.kind == "norm" and not settings.is_old else None
-    scale = smoothing_scale(activation, [target.weight for target in targets], group_size, settings, subgraph.kind == "norm", off)
+    return bool(subgraph.kind == "norm" or there[subgraph.source].weight.shape[0] == there[subgraph.targets[0]].weight.shape[1])
+
+
+def smooth_layer(
+    model: nn.Module,
+    architecture: Architecture,
+    layer: str,
+    inputs: Mapping[str, Tensor],
+    settings: LmdeployAwq,
+    group_size: int,
+    ratios: Mapping[str, float] | None = None,
+) -> tuple[str, ...]:
+    """Smooth the decoder layer called ``layer`` in place; the sources that were smoothed.
+
+    inputs   ``a`` [in] of every subgraph, by its first target; ratios: ``r`` likewise, None: 0.5
+
+    :raises UnreadableError: no inputs of a target, or a scale that no number is
+    """
+    subgraphs = smoothed_subgraphs(model, architecture, layer)
+    for subgraph in subgraphs:
+        first = subgraph.targets[0]
+        if first not in inputs:
+            raise UnreadableError(f"{first}: {UNREACHED}, and smoothing needs its inputs; {MORE_SAMPLES}")
+        _smooth(model, subgraph, inputs[first], settings, group_size, ALPHA if ratios is None else ratios[first])
+    return tuple(subgraph.source for subgraph in subgraphs)
+
+
+def _smooth(model: nn.Module, subgraph: Subgraph, activation: Tensor, settings: LmdeployAwq, group_size: int, ratio: float) -> None:
+    """Smooth one subgraph."""
+    source: Any = model.get_submodule(subgraph.source)
+    targets: list[Any] = [model.get_submodule(name) for name in subgraph.targets]
+    is_norm = subgraph.kind == "norm"
+    off = source.weight == 0 if is_norm and not settings.is_old else None
+    magnitude = relative_magnitude([target.weight for target in targets], group_size, settings)
+    scale = smoothing_scale(activation, magnitude, settings, is_norm, ratio, off)
     if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
-        raise UnreadableError(
-            f"{subgraph.source}: {int((~(scale > 0)).sum())} of {scale.numel()} smoothing scales are 0 or no numbers, as where an "
-            "input was 0 in all of calibration, or a group of weights is; LMDeploy until 0.4.1 cannot smooth it: use lmdeploy-awq"
+        why = (
+            "as where an input was 0 in all of calibration, or a group of weights is; LMDeploy until 0.4.1 cannot smooth it: "
+            "use lmdeploy-awq"
+            if settings.is_old
+            else f"as where inputs or their mean are beyond {magnitude.dtype}, in which LMDeploy computes; run the model in a wider dtype"
         )
+        bad = int((~((scale > 0) & torch.isfinite(scale))).sum())
+        raise UnreadableError(f"{subgraph.source}: {bad} of {scale.numel()} smoothing scales are 0 or no numbers, {why}")
     source.weight.div_(scale.view(-1, *([1] * (source.weight.dim() - 1))))
     if getattr(source, "bias", None) is not None:
         source.bias.div_(scale)
     for target in targets:
         target.weight.mul_(scale.view(1, -1))
-    return True
 
 
-def smoothing_scale(
-    activation: Tensor, weights: Sequence[Tensor], group_size: int, settings: LmdeployAwq, norm: bool, off: Tensor | None = None
-) -> Tensor:
-    """``s`` [in] for inputs of largest magnitudes ``activation`` [in] and stacked ``weights`` [out, in], in the weights' dtype.
-
-    norm    the source is a norm; off: channels whose norm is 0, which keep their scale
-    """
+def relative_magnitude(weights: Sequence[Tensor], group_size: int, settings: LmdeployAwq) -> Tensor:
+    """``w`` [in] of stacked ``weights`` [out, in] (rule 2), in their dtype."""
     stacked = torch.cat(list(weights))
     width = stacked.shape[1] if group_size == -1 else group_size
     if stacked.shape[1] % width:
@@ -124,16 +145,26 @@ def smoothing_scale(
     top = magnitude.amax(1, keepdim=True)
     if not settings.is_old and float(top.min()) == 0:
         top = top.clamp(min=LEAST)
-    spread = (magnitude / top).view(stacked.shape).mean(0).pow(1 - ALPHA)
-    activation = activation.to(stacked.device, stacked.dtype)
+    return (magnitude / top).view(stacked.shape).mean(0)
+
+
+def smoothing_scale(
+    activation: Tensor, magnitude: Tensor, settings: LmdeployAwq, norm: bool, ratio: float = ALPHA, off: Tensor | None = None
+) -> Tensor:
+    """``s`` [in] for inputs of magnitudes ``activation`` [in] and weights of ``relative_magnitude`` [in], in the latter's dtype.
+
+    norm    the source is a norm; off: channels whose norm is 0, which keep their scale
+    """
+    dtype, spread = magnitude.dtype, magnitude.pow(1 - ratio)
+    activation = activation.to(magnitude.device, dtype)
     if settings.is_old:
-        scale = (activation.pow(ALPHA) / spread).to(stacked.dtype)
+        scale = (activation.pow(ratio) / spread).to(dtype)
         return scale / (scale.max() * scale.min()).sqrt()
     if float(spread.min()) == 0:
         spread = spread.clamp(min=LEAST)
-    scale = (activation.pow(ALPHA) / spread).clamp(min=LEAST).to(stacked.dtype)
+    scale = (activation.pow(ratio) / spread).clamp(min=LEAST).to(dtype)
     if not norm:
-        return (scale.float() / (scale.max().float() * scale.min().float()).sqrt()).to(stacked.dtype)
+        return (scale.float() / (scale.max().float() * scale.min().float()).sqrt()).to(dtype)
     on = scale if off is None else scale[~off]
     scale = scale / (on.max() * on.min()).sqrt() if on.numel() else scale
     return scale if off is None else torch.where(off, torch.ones_like(scale), scale)

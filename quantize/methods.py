@@ -69,14 +69,23 @@ class Awq:
 class LmdeployAwq:
     """Settings of LMDeploy's ``auto_awq`` (``lmdeploy_awq``).
 
-    version    whose arithmetic: "0.1", until 0.4.1, or "0.4.2", since then
+    version        whose arithmetic: "0.1", until 0.4.1, or "0.4.2", since then
+    search_scale   search the exponent of every scale, instead of 0.5
+    smooth         False: weights are rounded as they are, without data (``--calib-samples 0``)
     """
 
     version: str = "0.4.2"
+    search_scale: bool = False
+    smooth: bool = True
 
     def __post_init__(self) -> None:
         if self.version not in {"0.1", "0.4.2"}:
             raise UsageError(f"version: {self.version!r} is not 0.1 (until 0.4.1) or 0.4.2 (and today)")
+        check_flags(self, "search_scale", "smooth")
+        if self.search_scale and self.is_old:
+            raise UsageError('search_scale: LMDeploy searches since 0.4.2; leave it out, or write version: "0.4.2"')
+        if self.search_scale and not self.smooth:
+            raise UsageError("search_scale: is of the scales by which inputs are smoothed; leave it out, or smooth: false")
 
     @property
     def is_old(self) -> bool:

@@ -48,7 +48,7 @@ __all__ = ["RECIPES", "Calibration", "Recipe", "load", "loads", "recipe_of"]
 RECIPES = (
     "w8a8", "w8a8-dynamic", "w8a8-kv8", "w8a8-sparse", "w8a16", "w4a16-rtn", "w4a16-gptq", "w4a16-awq",
     "gs-rtn-a16w8", "gs-smooth-a8w8", "gs-ptq", "gs-ptq-a8dynw8", "gs-ptq-a16w4", "gs-awq-a16w4", "gs-gptq-a16w4",
-    "lmdeploy-awq", "lmdeploy-awq-0.1",
+    "lmdeploy-awq", "lmdeploy-awq-search", "lmdeploy-awq-0.1", "lmdeploy-rtn",
 )  # fmt: skip
 """Names of the recipes that come with the package."""
 LARGEST = 1 << 20
@@ -192,7 +192,7 @@ class Recipe(_Section):
             or config.w_method == "GPTQ"
             or self.anti_outlier is not None
             or self.awq is not None
-            or self.lmdeploy_awq is not None
+            or ((lmdeploy := self.lmdeploy_awq_settings()) is not None and lmdeploy.smooth)
             or config.use_kvcache_quant
             or config.use_fa_quant
             or self.disable_level != "L0"

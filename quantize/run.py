@@ -55,6 +55,7 @@ def quantize_model(
     resume: bool = False,
     plot: str | os.PathLike[str] | None = None,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
+    scale_dtype: str | None = None,
     jobs: int | None = None,
     max_memory: int = DEFAULT_MEMORY,
     progress: Report | None = None,
@@ -68,7 +69,7 @@ def quantize_model(
     samples    of them; None: as many as the recipe says
     resume     an interrupted run must have left its work; without it that is gone on with if it is there
     plot       a PNG or SVG file for range_parm and weight error by layer
-    jobs       threads that write, as ``convert`` has them; max_memory: what they may use beside the model
+    scale_dtype, jobs   as ``convert`` has them; max_memory: what writing may use beside the model
 
     :raises UsageError: a recipe, format, device or data that makes no sense
     :raises RefusedError: the format cannot hold what the recipe makes
@@ -81,7 +82,7 @@ def quantize_model(
 
         return quantize_golden_stick(
             model_dir, out, recipe, to, device, calib, samples, overwrite=overwrite, resume=resume, plot=plot,
-            max_shard_size=max_shard_size, jobs=jobs, max_memory=max_memory, progress=progress,
+            max_shard_size=max_shard_size, scale_dtype=scale_dtype, jobs=jobs, max_memory=max_memory, progress=progress,
         )  # fmt: skip
     target = asked(recipe, to, out, calib, device, overwrite, plot)
     source = open_checkpoint(_base(model_dir))
@@ -89,7 +90,7 @@ def quantize_model(
 
     clock = Clock()
     model = shell(source)
-    settings = Settings(max_shard_size=max_shard_size, scale_dtype=_scales(target.spec), jobs=jobs, max_memory=max_memory)
+    settings = Settings(max_shard_size=max_shard_size, scale_dtype=scale_dtype or _scales(target.spec), jobs=jobs, max_memory=max_memory)
     _ask_target(source, model, recipe, device, target, settings)
     data = calibrating(calib, base, recipe.calibration, samples)
     clock.done("load")

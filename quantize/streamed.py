@@ -179,6 +179,7 @@ def quantize_streamed(
     to: str | Target,
     *,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
+    scale_dtype: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     plot: str | os.PathLike[str] | None = None,
@@ -192,7 +193,7 @@ def quantize_streamed(
 
     plot    a PNG or SVG file for the error of each layer's weight; resume: an interrupted run must have left its work
     calib   calibration data, which are not read: a note says so
-    to      what ``find_target`` takes, or gives; qkv_concat: as ``convert`` has it
+    to      what ``find_target`` takes, or gives; scale_dtype, qkv_concat: as ``convert`` has them
     """
     if not is_streamed(recipe):
         raise UsageError(f"recipe {recipe.name}: needs the model itself, so it cannot be streamed")
@@ -204,7 +205,8 @@ def quantize_streamed(
     names = () if recipe.golden_stick is not None else tuple(recipe.quant_config().disable_names or ())
     written = round_folder(
         model, out, _rule(recipe, model), to, disable_names=names, patterns=tuple(recipe.mix_cfg), max_shard_size=max_shard_size,
-        overwrite=overwrite, jobs=jobs, max_memory=max_memory, progress=progress, recipe=recipe, qkv_concat=qkv_concat,
+        scale_dtype=scale_dtype, overwrite=overwrite, jobs=jobs, max_memory=max_memory, progress=progress, recipe=recipe,
+        qkv_concat=qkv_concat,
     )  # fmt: skip
     done = time.monotonic()
     checkpoint = written.plan.checkpoint
@@ -226,6 +228,7 @@ def round_folder(
     disable_names: tuple[str, ...] = (),
     patterns: tuple[str, ...] = (),
     max_shard_size: int = DEFAULT_SHARD_BYTES,
+    scale_dtype: str | None = None,
     overwrite: bool = False,
     proof: bool = True,
     jobs: int | None = None,
@@ -237,7 +240,7 @@ def round_folder(
     """Round the linears of a float folder and write it as format ``to``, into folder ``out``.
 
     disable_names   linears that stay float; patterns: the same, as ``fnmatch`` patterns that need not match any
-    max_memory      bytes over the bare interpreter's; with jobs, as ``convert`` has them
+    max_memory      bytes over the bare interpreter's; with scale_dtype and jobs, as ``convert`` has them
     progress        is told of each linear as it is written, with its error, unless an interrupted run had written (a part of) it
     recipe          what the certificate names, where the rounding is a recipe's
 
@@ -247,7 +250,7 @@ def round_folder(
     spec = target.spec
     checkpoint = Rounded(open_checkpoint(model if isinstance(model, Location) else Path(model)), rounding, disable_names, patterns)
     keeps = spec.name == "msmodelslim" or (spec.name == "mindspore" and not isinstance(rounding, Rounding))
-    scale_dtype = "keep" if keeps else None
+    scale_dtype = scale_dtype or ("keep" if keeps else None)
     settings = Settings(jobs=jobs, max_shard_size=max_shard_size, scale_dtype=scale_dtype, max_memory=max_memory, qkv_concat=qkv_concat)
     checkpoint.keep_scales(max(0, max_memory - LIBRARIES) // _SHARE, entries_in_flight(settings.workers))
     # A probe would read every weight, to find what is so by construction: symmetric, finite, in range.

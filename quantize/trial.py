@@ -58,13 +58,18 @@ def _stand_in(name: str, linear: nn.Linear, config: QuantConfig, dtype: torch.dt
         by_row += ["weight_scale", "weight_offset"]
     rows = {part: values for part in by_row if (values := getattr(layer, part)) is not None}
     layer = replace(layer, **{part: values.expand(linear.out_features, *values.shape[1:]) for part, values in rows.items()})
+    if (lmdeploy := job.lmdeploy_awq) is not None and not lmdeploy.is_old:
+        return _stored_in(dtype, layer)
     return _searched(layer, row, job) if job.is_searched else layer
+
+
+def _stored_in(dtype: torch.dtype, layer: QuantizedLayer) -> QuantizedLayer:
+    return replace(layer, weight_scale=layer.weight_scale.to(dtype), weight_offset=layer.weight_offset.to(dtype))
 
 
 def _searched(layer: QuantizedLayer, row: nn.Linear, job: Job) -> QuantizedLayer:
     """``layer`` as GPTQ and AWQ leave it: scales in half precision, and the groups of inputs that act order sorted."""
-    stored = scale_dtype_of(row.weight)
-    layer = replace(layer, weight_scale=layer.weight_scale.to(stored), weight_offset=layer.weight_offset.to(stored))
+    layer = _stored_in(scale_dtype_of(row.weight), layer)
     sorts = job.gptq is not None and job.gptq.act_order and not job.gptq.static_groups
     if not sorts or layer.group_size == -1:
         return layer

@@ -16,7 +16,7 @@ from quantize.architectures import ARCHITECTURES
 from quantize.blocks import Blocks
 from quantize.config import AntiOutlierConfig
 from quantize.layerwise import Job, LayerRun
-from quantize.lmdeploy_awq import round_lmdeploy, smooth_layer, smoothing_scale
+from quantize.lmdeploy_awq import relative_magnitude, round_lmdeploy, smooth_layer, smoothing_scale
 from quantize.lmdeploy_calibration import observe
 from quantize.methods import LmdeployAwq
 from quantize.recipe import load, loads
@@ -36,13 +36,13 @@ def unpacked(words: Tensor) -> Tensor:
     return natural.flatten(1)
 
 
-def smoothed(folder: Path, largest: dict[str, Tensor], settings: LmdeployAwq) -> nn.Module:
+def smoothed(folder: Path, inputs: dict[str, Tensor], settings: LmdeployAwq) -> nn.Module:
     """The model in memory, all its layers smoothed."""
     blocks = Blocks.open(folder)
     model = blocks.load()
     with torch.no_grad():
         for name in blocks.names:
-            smooth_layer(model, blocks.architecture, name, largest, settings, 128)
+            smooth_layer(model, blocks.architecture, name, inputs, settings, 128)
     return model
 
 
@@ -70,13 +70,21 @@ def test_folders_are_the_tools(version: str) -> None:
     assert len(seen) == 14 * 3
 
 
-@pytest.mark.parametrize(("recipe", "settings"), [("lmdeploy-awq-0.1", OLD), ("lmdeploy-awq", NEW)])
-def test_recipes_write_what_the_whole_model_gives(recipe: str, settings: LmdeployAwq, tmp_path: Path) -> None:
-    """A folder, layer by layer, beside the model smoothed in memory by the statistics of ``lmdeploy calibrate``."""
+@pytest.mark.parametrize(
+    ("recipe", "settings", "scales"),
+    [("lmdeploy-awq-0.1", OLD, "float16"), ("lmdeploy-awq-0.1", OLD, "float32"), ("lmdeploy-awq", NEW, "float16")],
+)
+def test_recipes_write_what_the_whole_model_gives(recipe: str, settings: LmdeployAwq, scales: str, tmp_path: Path) -> None:
+    """A folder, layer by layer, beside the model smoothed in memory by the statistics of ``lmdeploy calibrate``.
+
+    Scales in float32 are the very ones that LMDeploy 0.1 computes and stores.
+    """
     ids = list(torch.load(FIXTURES / "statistics_v010" / "calib_ids.pt", weights_only=True).split(1))
     source = FIXTURES / "llama_mha"
-    result = quantize_model(source, tmp_path / "out", recipe, "awq", calib=[[one, torch.ones_like(one)] for one in ids])
+    data = [[one, torch.ones_like(one)] for one in ids]
+    result = quantize_model(source, tmp_path / "out", recipe, "awq", calib=data, scale_dtype=None if scales == "float16" else scales)
     assert (result.smoothed, result.notes) == (8, ())
+    assert result.written.exact == (settings is NEW or scales == "float32")
     largest = observe(Blocks.open(source), ids).files()["inputs_stats"]["absmax"]
     model, made = smoothed(source, largest, settings), load_file(tmp_path / "out" / "model.safetensors")
     for name, linear in model.named_modules():
@@ -84,7 +92,7 @@ def test_recipes_write_what_the_whole_model_gives(recipe: str, settings: Lmdeplo
             rounded, _ = round_lmdeploy(linear.weight, 128, settings)
             assert torch.equal(unpacked(made[f"{name}.qweight"]).T, rounded.codes.int() + 8), name
             assert torch.equal(unpacked(made[f"{name}.qzeros"]).T, rounded.offset.int() + 8), name
-            assert torch.equal(made[f"{name}.scales"].T, rounded.scale.half()), name
+            assert torch.equal(made[f"{name}.scales"].T, rounded.scale.to(getattr(torch, scales))), name
         elif "norm" in name:
             assert torch.equal(made[f"{name}.weight"], linear.weight), name
 
@@ -114,14 +122,23 @@ def test_zeros_alone_are_zeros() -> None:
 def test_repairs_are_told(tmp_path: Path) -> None:
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / "llama_mha", dtype=torch.float16)
-    model.model.layers[1].mlp.gate_proj.weight.data[5, :128] = model.model.layers[1].mlp.gate_proj.weight.data[5, :128].abs() + 0.1
+    model = transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / "qwen2_gqa", dtype=torch.float16)
+    gate, output = model.model.layers[1].mlp.gate_proj.weight.data, model.model.layers[1].self_attn.o_proj.weight.data
+    gate[5, :128] = gate[5, :128].abs() + 0.1
+    output[7, 128:] = 0.25  # which no smoothing changes: its heads are grouped
     model.save_pretrained(tmp_path / "model")
     ids = torch.load(FIXTURES / "statistics_v010" / "calib_ids.pt", weights_only=True).split(1)
     result = quantize_model(
         tmp_path / "model", tmp_path / "out", "lmdeploy-awq-0.1", "awq", calib=[[one, torch.ones_like(one)] for one in ids]
     )
-    assert "1 groups of weights of one sign (first in model.layers.1.mlp.gate_proj)" in result.notes[0]
+    assert "2 groups of weights of one sign (first in model.layers.1.self_attn.o_proj)" in result.notes[0]
+    counts = {layer.name: layer.repaired for layer in result.layers if layer.repaired}
+    assert counts == {"model.layers.1.self_attn.o_proj": 1, "model.layers.1.mlp.gate_proj": 1}
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    zeros = {name: unpacked(made[f"model.layers.1.{name}.qzeros"]) for name in ("mlp.gate_proj", "self_attn.o_proj")}
+    assert (zeros["mlp.gate_proj"][0, 5], zeros["self_attn.o_proj"][1, 7]) == (0, 0)
+    assert unpacked(made["model.layers.1.self_attn.o_proj.qweight"])[128:, 7].eq(15).all()
+    assert float(made["model.layers.1.self_attn.o_proj.scales"][1, 7]) == pytest.approx(0.25 / 15, rel=1e-3)
 
 
 def test_rounding_is_away_from_zero_until_0_4_1_and_to_even_since() -> None:
@@ -134,20 +151,28 @@ def test_rounding_is_away_from_zero_until_0_4_1_and_to_even_since() -> None:
 
 def test_scale_by_hand() -> None:
     """Two inputs in one group, two rows: w = mean of [1, 1/2] and [1, 1] over rows = [1, 3/4]; a = [4, 1]."""
-    found = smoothing_scale(torch.tensor([4.0, 1.0]), [torch.tensor([[2.0, 1.0]]), torch.tensor([[-3.0, 3.0]])], 2, OLD, True)
+    magnitude = relative_magnitude([torch.tensor([[2.0, 1.0]]), torch.tensor([[-3.0, 3.0]])], 2, OLD)
+    found = smoothing_scale(torch.tensor([4.0, 1.0]), magnitude, OLD, True)
     bare = torch.tensor([2.0, 1 / 0.75**0.5])
     torch.testing.assert_close(found, bare / (bare.max() * bare.min()).sqrt())
 
 
 def test_an_input_of_zeros_is_an_error_until_0_4_1() -> None:
     """There it divides by 0; since then the scale is at least 1e-4."""
-    weights = [torch.ones(4, 2)]
-    assert smoothing_scale(torch.tensor([1.0, 0.0]), weights, 2, OLD, True).isfinite().all().logical_not()
-    assert smoothing_scale(torch.tensor([1.0, 0.0]), weights, 2, NEW, True).isfinite().all()
+    magnitude = torch.ones(2)
+    assert smoothing_scale(torch.tensor([1.0, 0.0]), magnitude, OLD, True).isfinite().all().logical_not()
+    assert smoothing_scale(torch.tensor([1.0, 0.0]), magnitude, NEW, True).isfinite().all()
     largest = torch.load(FIXTURES / "statistics_v010" / "inputs_stats.pth", weights_only=True)["absmax"]
-    largest["model.layers.0.self_attn.q_proj"][3] = 0
+    largest["model.layers.0.self_attn.k_proj"][3] = 0
     with pytest.raises(UnreadableError, match=r"model\.layers\.0\.input_layernorm: .* use lmdeploy-awq"):
         smoothed(FIXTURES / "llama_mha", largest, OLD)
+
+
+def test_inputs_that_are_not_finite_are_an_error() -> None:
+    largest = torch.load(FIXTURES / "statistics_v018" / "inputs_stats.pth", weights_only=True)["absmax"]
+    largest["model.layers.0.mlp.gate_proj"][3] = torch.inf
+    with pytest.raises(UnreadableError, match=r"model\.layers\.0\.post_attention_layernorm: 256 of 256 .* beyond torch\.float16, .* wider"):
+        smoothed(FIXTURES / "qwen2_gqa", largest, NEW)
 
 
 def test_models_that_no_table_knows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +199,8 @@ QUANT = "quant: {w_bit: 4, a_bit: 16, w_sym: false, is_lowbit: true, open_outlie
         ('quant: {w_bit: 8, a_bit: 8, mm_tensor: false}\nlmdeploy_awq: {version: "0.1"}\n', "lmdeploy_awq: is for weights alone"),
         (QUANT + 'lmdeploy_awq: {version: "0.5"}\n', "version: '0.5' is not 0.1"),
         (QUANT + "awq: {}\nlmdeploy_awq: {}\n", "smooths by itself"),
+        (QUANT + 'lmdeploy_awq: {version: "0.1", search_scale: true}\n', "search_scale: LMDeploy searches since 0.4.2"),
+        (QUANT + "lmdeploy_awq: {smooth: false, search_scale: true}\n", "search_scale: is of the scales"),
     ],
 )
 def test_recipes_that_make_no_sense(text: str, message: str) -> None:

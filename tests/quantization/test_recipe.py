@@ -25,7 +25,9 @@ KINDS = {
     "w4a16-gptq": ("W4A16", True),
     "w4a16-awq": ("W4A16", True),
     "lmdeploy-awq": ("W4A16", True),
+    "lmdeploy-awq-search": ("W4A16", True),
     "lmdeploy-awq-0.1": ("W4A16", True),
+    "lmdeploy-rtn": ("W4A16", False),
 }
 
 

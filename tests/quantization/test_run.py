@@ -58,7 +58,7 @@ def test_every_recipe_makes_what_it_says(name: str, source: Path, calib: Path, t
     assert all(0 < layer.weight_error < 0.3 for layer in result.layers)
     assert all((layer.range_parm is not None) == (data is not None) for layer in result.layers)
     norms, ups = 12, 6  # LMDeploy smooths no value projection of grouped heads
-    assert result.smoothed == (24 if load(name).anti_outlier else norms + ups if load(name).lmdeploy_awq else 0)
+    assert result.smoothed == (24 if load(name).anti_outlier else norms + ups if name.startswith("lmdeploy-awq") else 0)
     assert result.notes == ()
     (description,) = (tmp_path / "out").glob("quant_model_description*.json")
     types = json.loads(description.read_text())
@@ -475,6 +475,23 @@ def test_the_command_line_says_the_errors_of_what_it_streams(recipe: str, source
     assert len(wanted) == LINEARS
 
 
+@pytest.mark.parametrize("recipe", ["w4a16-rtn", "lmdeploy-rtn", "gs-ptq-a16w4"])
+def test_scales_are_stored_in_the_dtype_that_is_asked_for(recipe: str, source: Path, calib: Path, tmp_path: Path) -> None:
+    """Streamed, layer by layer, and as Golden Stick does; of the same codes and zero points."""
+    options = ["--recipe", recipe, "--to", "awq", *(["--calib", calib, "--samples", 2] if load(recipe).needs_data else [])]
+    made = {}
+    for dtype in ("float16", "float32"):
+        result = invoke(source, tmp_path / dtype, *options, "--scale-dtype", dtype)
+        assert result.exit_code == 0, result.output
+        made[dtype] = load_file(tmp_path / dtype / "model.safetensors")
+    half, single = made["float16"], made["float32"]
+    scales = [name for name in half if name.endswith(".scales")]
+    assert len(scales) == LINEARS
+    for name in half:
+        assert torch.equal(half[name], single[name].to(half[name].dtype)), name  # biases are stored in the scales' half precision
+    assert {single[name].dtype for name in scales} == {torch.float32}
+
+
 def test_the_writing_of_a_calibrated_model_takes_jobs_and_memory(source: Path, calib: Path, tmp_path: Path) -> None:
     result = quantize_model(source, tmp_path / "out", "w8a8", "msmodelslim", calib=calib, samples=5, jobs=1, max_memory=100 << 20)
     assert (result.written.plan.memory.jobs, result.written.plan.memory.limit) == (1, 100 << 20)
@@ -510,6 +527,8 @@ def test_linears_that_a_streamed_recipe_names_stay_float(source: Path, tmp_path:
         (["--recipe", "w8a16", "--to", "gptq", "--plot", "p.pdf"], 2, "wanted a name that ends in .png or .svg"),
         (["--recipe", "w8a16", "--to", "gptq", "--max-memory", "70MiB"], 2, "--max-memory 70MiB: this checkpoint needs"),
         (["--recipe", "w8a16", "--to", "awq"], 3, "needs 8-bit"),
+        (["--recipe", "w4a16-rtn", "--to", "awq", "--scale-dtype", "float8"], 2, "--scale-dtype float8: wanted keep, float16"),
+        (["--recipe", "lmdeploy-rtn", "--to", "awq:gemv", "--scale-dtype", "float32"], 3, "needs scales in float32"),
         (["--recipe", "w8a16", "--to", "gptq", "--device", "npu:0"], 2, "torch_npu is not installed"),
         (["--recipe", "w8a16", "--to", "gptq", "--device", "npu:x"], 2, "give one index"),
     ],
