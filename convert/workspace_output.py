@@ -22,8 +22,8 @@ class WorkspaceFiles:
 
     def __init__(self, folder: Path, file: WorkspaceOutput) -> None:
         self.path, self.file = folder / file.name, file
-        self._turn, self._dirty = threading.Lock(), False
-        self._sizes = file.sizes
+        self._dirty, self._sizes = False, file.sizes
+        self._turns = {name: threading.Lock() for name in file.sizes}
         self._places: dict[int, Place] = {info.begin: file.places[name] for name, info in file.tensors.items()}
 
     def make(self) -> None:
@@ -40,8 +40,8 @@ class WorkspaceFiles:
 
     def write(self, info: TensorInfo, array: Array, row: int, col: int) -> None:
         data = _bytes(array)
-        with self._turn, _Handles(self.path) as handles:
-            self._places[info.begin].write(handles.read, handles.write, data, row, col * array.itemsize)
+        with _Handles(self.path) as handles:
+            self._places[info.begin].write(handles.read, handles.write, self._turns.__getitem__, data, row, col * array.itemsize)
         self._dirty = True
 
     def holds(self, info: TensorInfo, array: Array, row: int, col: int, work: Workspace) -> bool:
