@@ -245,7 +245,7 @@ class TileLayout:
     bits: int
     word: str
     tile: tuple[int, int]
-    order: tuple[int, ...] = field(repr=False)
+    order: tuple[int, ...] = field(repr=False, hash=False)
     transposed: bool = False
     offset: int = 0
     low: int = 0
