@@ -137,6 +137,14 @@ class _Part:
         found: Array = units[self.lines, self.slots]
         return found
 
+    def _straight(self, order: Array | None) -> Array | None:
+        """The rectangle as bytes [lines, bytes] that lie in the file as they are; None if they lie there otherwise."""
+        place, unit = self.place, self.place.unit
+        if not unit or place.turned or order is not None or place.step != unit:
+            return None
+        found: Array = self.data[self.lines, self.slots.start * unit : self.slots.stop * unit]
+        return found
+
     def _halves(self, lines: slice) -> Array:
         """Lines of the rectangle as bytes, of units that are half bytes."""
         part = slice(self.lines.start + lines.start, self.lines.start + lines.stop)
@@ -166,6 +174,10 @@ class _Part:
     def read(self, read_lines: Lines) -> None:
         first, slots, order = self._span()
         begin, wide = self._bytes(first, slots)
+        straight = self._straight(order)
+        if straight is not None and straight.flags.c_contiguous:
+            read_lines(self.file, straight, self._offset(slice(0, 0), begin), self.place.pitch)
+            return
         for lines in self._blocks(wide):
             block = self._fetch(read_lines, lines, begin, wide)
             if self.place.unit == 0:
@@ -185,9 +197,12 @@ class _Part:
         begin, wide = self._bytes(first, slots)
         whole = order is None or len(order) == slots
         gaps = not whole or (self.place.unit > 0 and self.place.step != self.place.unit)
+        straight = self._straight(order)
         for lines in self._blocks(wide):
             offset = self._offset(lines, begin)
-            if not gaps:
+            if straight is not None:
+                block = straight[lines]
+            elif not gaps:
                 block = self._filled(np.empty((lines.stop - lines.start, wide), np.uint8), lines, slots, order)
             with guard(self.file):
                 if gaps:
