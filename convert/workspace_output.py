@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from formats.ir import Array
-from formats.placement import Place, read_lines, write_lines
+from formats.placement import PIECE, Place, read_lines, write_lines
 from formats.safetensors_file import TensorInfo
 from formats.turbomind_files import WorkspaceOutput
 from formats.workspace import Workspace
@@ -22,8 +22,8 @@ class WorkspaceFiles:
 
     def __init__(self, folder: Path, file: WorkspaceOutput) -> None:
         self.path, self.file = folder / file.name, file
-        self._turn, self._dirty = threading.Lock(), False
-        self._sizes = file.sizes
+        self._dirty, self._sizes = False, file.sizes
+        self._turns = {name: threading.Lock() for name in file.sizes}
         self._places: dict[int, Place] = {info.begin: file.places[name] for name, info in file.tensors.items()}
 
     def make(self) -> None:
@@ -40,16 +40,25 @@ class WorkspaceFiles:
 
     def write(self, info: TensorInfo, array: Array, row: int, col: int) -> None:
         data = _bytes(array)
-        with self._turn, _Handles(self.path) as handles:
-            self._places[info.begin].write(handles.read, handles.write, data, row, col * array.itemsize)
+        with _Handles(self.path) as handles:
+            self._places[info.begin].write(handles.read, handles.write, self._turns.__getitem__, data, row, col * array.itemsize)
         self._dirty = True
 
     def holds(self, info: TensorInfo, array: Array, row: int, col: int, work: Workspace) -> bool:
-        data = _bytes(array)
-        again = work.take("read back", data.shape, np.uint8)
+        data, place, item = _bytes(array), self._places[info.begin], array.itemsize
+        rows, width = data.shape
+        # in pieces of whole lines of the file
+        high = rows if place.turned else max(1, PIECE // width)
+        wide = max(item, PIECE // rows // item * item) if place.turned else width
         with _Handles(self.path) as handles:
-            self._places[info.begin].read(handles.read, again, row, col * array.itemsize)
-        return bool(np.array_equal(again, data))
+            for top in range(0, rows, high):
+                for left in range(0, width, wide):
+                    part = data[top : top + high, left : left + wide]
+                    again = work.take("read back", part.shape, np.uint8)
+                    place.read(handles.read, again, row + top, col * item + left)
+                    if not np.array_equal(again, part):
+                        return False
+        return True
 
     def is_turned(self, info: TensorInfo) -> bool:
         return self._places[info.begin].turned

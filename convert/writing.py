@@ -21,7 +21,7 @@ from formats.stored_tensor import StoredTensor
 from formats.workspace import Workspace
 
 from . import moves
-from .matrices import Matrix, Tile, layer_matrices, leaves_of, plain_matrix, scales_of
+from .matrices import LEAF_ROWS, Matrix, Tile, layer_matrices, leaves_of, plain_matrix, scales_of
 from .outputs import Output
 from .probe import to_float32
 from .proof import CodeProof, Found, ValueProof, digest_tile
@@ -223,22 +223,32 @@ class PlainWriter:
     def read_back(self) -> list[Matrix]:
         return self._theirs
 
+    def _turned(self) -> tuple[bool, bool]:
+        """Whether the tensor's rows lie across the lines of the file that is read, and of that which is written."""
+        (output, info), plain = self._place, self.matrices[0].plain
+        return isinstance(plain, PlacedTensor) and plain.place.turned, output.is_turned(info)
+
     def tiles(self, budget: int) -> Iterator[tuple[slice, slice]]:
-        return tiles_of(self.matrices, budget)
+        matrix = self.matrices[0]
+        if not (any(self._turned()) and matrix.is_float()):
+            return tiles_of(self.matrices, budget)
+        sides = [Side(turned, float(matrix.itemsize), float(matrix.itemsize)) for turned in self._turned()]
+        return tiles(matrix.grid, tile_shape(matrix.grid, sides, budget))
 
     def write(self, rows: slice, cols: slice, works: Works) -> tuple[Found | None, int]:
         (output, info), matrix = self._place, self.matrices[0]
         leaves, written = [], 0
-        turned = output.is_turned(info) or (isinstance(matrix.plain, PlacedTensor) and matrix.plain.place.turned)
         info = replace(info, shape=matrix.grid)
-        for strip, part in [(rows, cols)] if turned else _parts(rows, cols, matrix.itemsize, matrix.is_float()):
+        for strip, part in [(rows, cols)] if any(self._turned()) else _parts(rows, cols, matrix.itemsize, matrix.is_float()):
             data = read(matrix.as_matrix(), strip, part, works[0])
             output.write(info, data, strip.start, part.start)
             written += data.nbytes
             if self._theirs and not output.holds(info, data, strip.start, part.start, works[1]):
                 raise NotSameError(f"{matrix.name}: the file does not hold what was written to it; check the disk, and run it again")
             if self._theirs and matrix.is_float():
-                leaves.append(leaves_of(to_float32(data) + np.float32(0)))
+                for top in range(0, len(data), LEAF_ROWS):
+                    values = to_float32(data[top : top + LEAF_ROWS])
+                    leaves.append(leaves_of(np.add(values, np.float32(0), out=works[1].take("values", values.shape, np.float32))))
         if not self._theirs:
             return None, written
         digest = b"".join(leaves) if matrix.is_float() else digest_tile(matrix, rows, cols, works[0])

@@ -14,12 +14,12 @@ import numba
 import numpy as np
 
 from .ir import Array
-from .layouts import PackLayout, TileLayout
+from .layouts import PackLayout
 
 _WORDS = 16
 """Words per block of a transposing kernel: 16 words of 4 bytes fill a cache line."""
 
-_jit: Any = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+jit: Any = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +36,28 @@ def pack(layout: PackLayout, codes: Array, stored: Array) -> None:
     flip = layout.offset
     swar = layout.transposed and layout.axis == "in" and layout.word == "<i4" and not layout.order
     if swar and layout.bits in (4, 8) and flip in (0, 1 << (layout.bits - 1)):
-        lanes, stride = _flat_words(codes, np.dtype(np.uint64 if layout.bits == 4 else np.uint32))
+        lanes, stride = flat_words(codes, np.dtype(np.uint64 if layout.bits == 4 else np.uint32))
         kernel: Any = _pack_in_transposed_4 if layout.bits == 4 else _pack_in_transposed_8
-        kernel(lanes, stride, codes.shape[0], stored.shape[0], *_target(stored, np.uint32), np.uint64(flip * 0x0101010101010101))
+        kernel(lanes, stride, codes.shape[0], stored.shape[0], *target(stored, np.uint32), np.uint64(flip * 0x0101010101010101))
     elif _nibbles(layout):
         source, stride = _flat(codes)
         kernel = _pack_nibble_rows if layout.axis == "out" else _pack_nibble_columns
-        kernel(source, stride, stored.shape[0], stored.shape[1] * stored.itemsize, *_target(stored, np.uint8), layout.offset)
+        kernel(source, stride, stored.shape[0], stored.shape[1] * stored.itemsize, *target(stored, np.uint8), layout.offset)
     elif _bytes(layout):
         np.add(codes.view(np.uint8), np.uint8(layout.offset), out=stored.view(np.uint8))
-    elif _word_by_word(layout) and layout.bits == 4 and _whole_words(stored):
+    elif _word_by_word(layout) and layout.bits == 4 and whole_words(stored):
         source, stride = _flat(codes)
         words = codes.shape[0] // 8
-        args = (source, stride, words, codes.shape[1], *_target(stored, np.uint32), _nibble_rows(layout))
+        args = (source, stride, words, codes.shape[1], *target(stored, np.uint32), _nibble_rows(layout))
         _pack_out_transposed_4(*args, np.uint8(layout.offset & 15))
     elif _word_by_word(layout) and layout.word == "<i4":
         source, stride = _flat(codes)
-        args = (source, stride, stored.shape[1], codes.shape[1], *_target(stored, np.uint32), _shifts(layout))
+        args = (source, stride, stored.shape[1], codes.shape[1], *target(stored, np.uint32), _shifts(layout))
         _pack_out_transposed(*args, layout.offset, (1 << layout.bits) - 1)
     else:
         source, stride = _flat(codes)
         words = stored if stored.flags.c_contiguous else np.empty(stored.shape, stored.dtype)
-        _pack_stream(source, *_stream(layout, codes.shape, stride), _target(words, np.uint8)[0])
+        _pack_stream(source, *_stream(layout, codes.shape, stride), target(words, np.uint8)[0])
         if words is not stored:
             stored[...] = words
 
@@ -68,10 +68,10 @@ def unpack(layout: PackLayout, stored: Array, codes: Array) -> None:
     shift = (layout.offset + layout.low) & ((1 << layout.bits) - 1)
     swar = layout.transposed and layout.axis == "in" and layout.word == "<i4" and not layout.order and shift == 0
     if swar and layout.bits == 4 and layout.low == -8:
-        words, stride = _flat_words(stored, np.dtype(np.uint32))
+        words, stride = flat_words(stored, np.dtype(np.uint32))
         _unpack_in_transposed_4(words, stride, shape[0], stored.shape[0], codes.reshape(-1).view(np.uint64))
     elif swar and layout.bits == 8 and layout.low == -128:
-        words, stride = _flat_words(stored, np.dtype(np.uint32))
+        words, stride = flat_words(stored, np.dtype(np.uint32))
         _unpack_in_transposed_8(words, stride, shape[0], stored.shape[0], codes.reshape(-1).view(np.uint32))
     elif _nibbles(layout):
         source, stride = _flat(stored)
@@ -83,36 +83,16 @@ def unpack(layout: PackLayout, stored: Array, codes: Array) -> None:
         stored = stored if stored.strides[-1] == stored.itemsize else np.ascontiguousarray(stored)
         np.subtract(stored.view(np.uint8), np.uint8(layout.offset), out=codes.view(np.uint8))
     elif _word_by_word(layout) and layout.bits == 4 and not shape[0] % 8:
-        words, stride = _flat_words(stored, np.dtype(np.uint32))
+        words, stride = flat_words(stored, np.dtype(np.uint32))
         out = (words, stride, shape[0] // 8, shape[1], codes.reshape(-1), _nibble_rows(layout))
         _unpack_out_transposed_4(*out, np.uint8((layout.offset + layout.low) & 15), np.uint8(layout.low & 255))
     elif _word_by_word(layout) and layout.word == "<i4":
-        words, stride = _flat_words(stored, np.dtype(np.uint32))
+        words, stride = flat_words(stored, np.dtype(np.uint32))
         out = (words, stride, stored.shape[1], shape[1], codes.reshape(-1), _shifts(layout))
         _unpack_out_transposed(*out, layout.offset + layout.low, (1 << layout.bits) - 1, layout.low)
     else:
         source = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
-        _unpack_stream(codes.reshape(-1), *_stream(layout, shape, shape[1]), _frozen(source), layout.low)
-
-
-def pack_tiles(layout: TileLayout, codes: Array, stored: Array) -> None:
-    """Pack int8 ``codes`` [out, in] of whole tiles into ``stored``, a 2-D array whose rows are contiguous."""
-    source, stride = _flat(codes)
-    out, in_ = codes.shape[0] // layout.tile[0], codes.shape[1] // layout.tile[1]
-    words, line = _target(stored, np.dtype(f"u{layout.word_dtype.itemsize}"))
-    steps = out, in_, layout.tile[0] * stride, layout.tile[1], *_tile_steps(layout, line)
-    _pack_tiles(source, _tile_places(layout, stride), *steps, layout.words, layout.bits, layout.offset, words)
-
-
-def unpack_tiles(layout: TileLayout, stored: Array, codes: Array) -> None:
-    """Unpack whole tiles, ``stored`` being a 2-D view whose rows are contiguous, into the C-contiguous int8 array ``codes`` [out, in]."""
-    shape = codes.shape
-    words, stride = _flat_words(stored, np.dtype(f"u{layout.word_dtype.itemsize}"))
-    out, in_ = shape[0] // layout.tile[0], shape[1] // layout.tile[1]
-    steps = out, in_, layout.tile[0] * shape[1], layout.tile[1], *_tile_steps(layout, stride)
-    turn = layout.offset + layout.low
-    places = _tile_places(layout, shape[1])
-    _unpack_tiles(words, places, *steps, layout.words, layout.bits, turn, layout.low, codes.reshape(-1))
+        _unpack_stream(codes.reshape(-1), *_stream(layout, shape, shape[1]), frozen(source), layout.low)
 
 
 def dequantize_leaves(codes: Array, scales: Array, zero_points: Array | None, runs: Runs, leaf_cols: int, weights: Array) -> None:
@@ -121,12 +101,10 @@ def dequantize_leaves(codes: Array, scales: Array, zero_points: Array | None, ru
     codes int8 [rows, cols], scales and zero_points float32 [rows, groups], all C-contiguous; weights a float32 vector that takes
     [rows, leaf_cols] for the first ``leaf_cols`` columns, then for the next, ...
     """
-    zeros = _NO_ZEROS if zero_points is None else _frozen(zero_points.reshape(-1))
+    zeros = _NO_ZEROS if zero_points is None else frozen(zero_points.reshape(-1))
     shape = (codes.shape[0], codes.shape[1], scales.shape[1])
     bounds = (runs.starts, runs.ends, runs.group)
-    _dequantize(
-        _frozen(codes.reshape(-1)), *shape, _frozen(scales.reshape(-1)), zeros, zero_points is not None, *bounds, leaf_cols, weights
-    )
+    _dequantize(frozen(codes.reshape(-1)), *shape, frozen(scales.reshape(-1)), zeros, zero_points is not None, *bounds, leaf_cols, weights)
 
 
 def look_up_leaves(codes: Array, table: Array, scales: Array, runs: Runs, leaf_cols: int, weights: Array) -> None:
@@ -136,7 +114,7 @@ def look_up_leaves(codes: Array, table: Array, scales: Array, runs: Runs, leaf_c
     """
     shape = (codes.shape[0], codes.shape[1], scales.shape[1])
     bounds = (runs.starts, runs.ends, runs.group)
-    _look_up(_frozen(codes.reshape(-1)), *shape, _frozen(scales.reshape(-1)), table, *bounds, leaf_cols, weights)
+    _look_up(frozen(codes.reshape(-1)), *shape, frozen(scales.reshape(-1)), table, *bounds, leaf_cols, weights)
 
 
 def code_range(codes: Array) -> tuple[int, int]:
@@ -155,7 +133,7 @@ def equal(left: Array, right: Array) -> bool:
 
 def cast_error(values: Array, stored: Array, smallest_normal: float) -> tuple[float, float]:
     """Largest relative difference of float32 ``stored`` from ``values``, both vectors: (where it is normal, where it is subnormal or 0)."""
-    rounded, subnormal = _cast_error(_frozen(values), _frozen(stored), np.float32(smallest_normal))
+    rounded, subnormal = _cast_error(frozen(values), frozen(stored), np.float32(smallest_normal))
     return float(rounded), float(subnormal)
 
 
@@ -163,14 +141,14 @@ _NO_ZEROS = np.zeros(1, dtype=np.float32)
 _NO_ZEROS.flags.writeable = False
 
 
-def _frozen(array: Array) -> Array:
+def frozen(array: Array) -> Array:
     """A read-only view, so that mapped files and fresh arrays share one compiled kernel."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
-def _target(stored: Array, dtype: Any) -> tuple[Array, int]:
+def target(stored: Array, dtype: Any) -> tuple[Array, int]:
     """A 2-D array with contiguous rows as (flat writeable array of ``dtype``, row stride in its elements), without copying."""
     if stored.flags.c_contiguous:
         return stored.reshape(-1).view(dtype), stored.shape[1] * stored.itemsize // np.dtype(dtype).itemsize
@@ -183,7 +161,7 @@ def _target(stored: Array, dtype: Any) -> tuple[Array, int]:
 def _flat(view: Array) -> tuple[Array, int]:
     """A 2-D array with contiguous rows as (flat read-only array, row stride in elements), without copying."""
     if view.flags.c_contiguous:
-        return _frozen(view.reshape(-1)), view.shape[1]
+        return frozen(view.reshape(-1)), view.shape[1]
     if view.strides[1] != view.itemsize or view.strides[0] < 0 or view.strides[0] % view.itemsize:
         view = np.ascontiguousarray(view)
     stride = view.strides[0] // view.itemsize if view.shape[0] > 1 else view.shape[1]
@@ -192,7 +170,7 @@ def _flat(view: Array) -> tuple[Array, int]:
     return flat, stride
 
 
-def _flat_words(view: Array, word: np.dtype[Any]) -> tuple[Array, int]:
+def flat_words(view: Array, word: np.dtype[Any]) -> tuple[Array, int]:
     """Like ``_flat`` in units of ``word``; copies the tile if its rows are not aligned to words."""
     size = word.itemsize
     if view.strides[1] != view.itemsize or view.strides[0] % size or view.ctypes.data % size:
@@ -230,7 +208,7 @@ def _word_by_word(layout: PackLayout) -> bool:
     return (whole or bytes_of_two) and layout.axis == "out" and layout.transposed
 
 
-def _whole_words(stored: Array) -> bool:
+def whole_words(stored: Array) -> bool:
     """Whether every row of ``stored``, 2-D with contiguous rows, is whole 32-bit words that lie where words may."""
     places = (stored.shape[1] * stored.itemsize, stored.ctypes.data, stored.strides[0] if stored.shape[0] > 1 else 0)
     return not any(place % 4 for place in places)
@@ -248,17 +226,6 @@ def _nibble_rows(layout: PackLayout) -> Array:
     return np.asarray(layout.order or range(8), dtype=np.int64)
 
 
-def _tile_steps(layout: TileLayout, stride: int) -> tuple[int, int]:
-    """Stored words from a tile to the next along out, and along in."""
-    return (layout.words, stride) if layout.transposed else (stride, layout.words)
-
-
-def _tile_places(layout: TileLayout, stride: int) -> Array:
-    """For each lane of a tile, where its code lies from the tile's corner in codes of this row stride."""
-    row, col = np.divmod(np.asarray(layout.order, dtype=np.int64), layout.tile[1])
-    return np.asarray(row * stride + col)
-
-
 def _stream(layout: PackLayout, shape: tuple[int, ...], stride: int) -> tuple[Any, ...]:
     """Strides and lane facts for the bit-stream kernels: (code strides, counts, byte strides, bits, order, offset)."""
     word = layout.word_dtype.itemsize
@@ -271,7 +238,7 @@ def _stream(layout: PackLayout, shape: tuple[int, ...], stride: int) -> tuple[An
     return code_axis, code_line, along, lines, byte_axis, byte_line, word, layout.bits, order, layout.offset
 
 
-@_jit
+@jit
 def _pack_in_transposed_4(lanes, stride, rows, words, stored, line_stride, flip):
     # Fold along a row, where loads and stores are contiguous and LLVM vectorizes; then transpose whole words.
     low = np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -295,7 +262,7 @@ def _pack_in_transposed_4(lanes, stride, rows, words, stored, line_stride, flip)
                     line[r] = block[r, w]
 
 
-@_jit
+@jit
 def _unpack_in_transposed_4(words, stride, rows, count, codes):
     high = np.uint64(0x8080808080808080)
     eight = np.uint64(0x0808080808080808)
@@ -319,7 +286,7 @@ def _unpack_in_transposed_4(words, stride, rows, count, codes):
                     row[w] = ((x | high) - eight) ^ high
 
 
-@_jit
+@jit
 def _pack_in_transposed_8(lanes, stride, rows, words, stored, line_stride, flip):
     turn = np.uint32(flip & np.uint64(0xFFFFFFFF))
     for r0 in range(0, rows, _WORDS):
@@ -329,7 +296,7 @@ def _pack_in_transposed_8(lanes, stride, rows, words, stored, line_stride, flip)
                 stored[w * line_stride + r] = lanes[r * stride + w] ^ turn
 
 
-@_jit
+@jit
 def _unpack_in_transposed_8(words, stride, rows, count, codes):
     for r0 in range(0, rows, _WORDS):
         r1 = min(r0 + _WORDS, rows)
@@ -338,7 +305,7 @@ def _unpack_in_transposed_8(words, stride, rows, count, codes):
                 codes[r * count + w] = words[w * stride + r] ^ np.uint32(0x80808080)
 
 
-@_jit
+@jit
 def _pack_out_transposed(source, stride, words, cols, stored, line_stride, shifts, offset, mask):
     span = len(shifts)
     block = np.empty((_WORDS, 64), dtype=np.uint32)
@@ -361,7 +328,7 @@ def _pack_out_transposed(source, stride, words, cols, stored, line_stride, shift
                     line[w] = block[w, c]
 
 
-@_jit
+@jit
 def _pack_out_transposed_4(source, stride, words, cols, stored, line_stride, rows, offset):
     # Pair nibbles to bytes, 64 columns at a time, then bytes to words: each step in the narrowest lanes that hold it.
     block = np.empty((_WORDS, 64), dtype=np.uint32)
@@ -390,7 +357,7 @@ def _pack_out_transposed_4(source, stride, words, cols, stored, line_stride, row
                     line[w] = block[w, c]
 
 
-@_jit
+@jit
 def _unpack_out_transposed_4(words, stride, count, cols, codes, rows, turn, low):
     block = np.empty((_WORDS, 64), dtype=np.uint32)
     pair = np.empty(64, dtype=np.uint8)
@@ -417,7 +384,7 @@ def _unpack_out_transposed_4(words, stride, count, cols, codes, rows, turn, low)
                         second[c] = np.int8(np.uint8((np.uint8((pair[c] >> np.uint8(4)) - turn) & np.uint8(15)) + low))
 
 
-@_jit
+@jit
 def _unpack_out_transposed(words, stride, count, cols, codes, shifts, turn, mask, low):
     span = len(shifts)
     block = np.empty((_WORDS, 64), dtype=np.uint32)
@@ -438,7 +405,7 @@ def _unpack_out_transposed(words, stride, count, cols, codes, shifts, turn, mask
                         row[c] = np.int8(((np.int32(lanes[c] >> shift) - np.int32(turn)) & np.int32(mask)) + np.int32(low))
 
 
-@_jit
+@jit
 def _pack_nibble_rows(source, stride, rows, cols, stored, line_stride, offset):
     for r in range(rows):
         first = source[2 * r * stride : 2 * r * stride + cols]
@@ -450,7 +417,7 @@ def _pack_nibble_rows(source, stride, rows, cols, stored, line_stride, offset):
             packed[c] = np.uint8(low | (high << np.int32(4)))
 
 
-@_jit
+@jit
 def _pack_nibble_columns(source, stride, rows, cols, stored, line_stride, offset):
     for r in range(rows):
         row = source[r * stride : r * stride + 2 * cols]
@@ -461,7 +428,7 @@ def _pack_nibble_columns(source, stride, rows, cols, stored, line_stride, offset
             packed[c] = np.uint8(low | (high << np.int32(4)))
 
 
-@_jit
+@jit
 def _unpack_nibble_rows(stored, stride, rows, cols, codes, turn, low):
     for r in range(rows):
         packed = stored[r * stride : r * stride + cols]
@@ -473,7 +440,7 @@ def _unpack_nibble_rows(stored, stride, rows, cols, codes, turn, low):
             second[c] = np.int8((((byte >> np.int32(4)) - np.int32(turn)) & np.int32(15)) + np.int32(low))
 
 
-@_jit
+@jit
 def _unpack_nibble_columns(stored, stride, rows, cols, codes, turn, low):
     for r in range(rows):
         packed = stored[r * stride : r * stride + cols]
@@ -484,7 +451,7 @@ def _unpack_nibble_columns(stored, stride, rows, cols, codes, turn, low):
             row[2 * c + 1] = np.int8((((byte >> np.int32(4)) - np.int32(turn)) & np.int32(15)) + np.int32(low))
 
 
-@_jit
+@jit
 def _pack_stream(source, code_axis, code_line, along, lines, byte_axis, byte_line, word, bits, order, offset, stored):
     mask = np.uint32((1 << bits) - 1)
     for line in range(lines):
@@ -503,7 +470,7 @@ def _pack_stream(source, code_axis, code_line, along, lines, byte_axis, byte_lin
                     byte += 1
 
 
-@_jit
+@jit
 def _unpack_stream(codes, code_axis, code_line, along, lines, byte_axis, byte_line, word, bits, order, offset, stored, low):
     mask = np.uint32((1 << bits) - 1)
     turn = np.int32(offset + low)
@@ -524,38 +491,7 @@ def _unpack_stream(codes, code_axis, code_line, along, lines, byte_axis, byte_li
                 filled -= bits
 
 
-@_jit
-def _pack_tiles(source, places, outs, ins, out_codes, in_codes, out_words, in_words, count, bits, offset, stored):
-    mask = np.uint32((1 << bits) - 1)
-    lanes = len(places) // count
-    for o in range(outs):
-        for i in range(ins):
-            corner = o * out_codes + i * in_codes
-            word = o * out_words + i * in_words
-            for w in range(count):
-                held = np.uint32(0)
-                for lane in range(lanes):
-                    code = np.int32(source[corner + places[w * lanes + lane]]) + np.int32(offset)
-                    held |= (np.uint32(code) & mask) << np.uint32(lane * bits)
-                stored[word + w] = held
-
-
-@_jit
-def _unpack_tiles(words, places, outs, ins, out_codes, in_codes, out_words, in_words, count, bits, turn, low, codes):
-    mask = np.int32((1 << bits) - 1)
-    lanes = len(places) // count
-    for o in range(outs):
-        for i in range(ins):
-            corner = o * out_codes + i * in_codes
-            word = o * out_words + i * in_words
-            for w in range(count):
-                held = np.uint32(words[word + w])
-                for lane in range(lanes):
-                    code = (np.int32((held >> np.uint32(lane * bits)) & np.uint32(mask)) - np.int32(turn)) & mask
-                    codes[corner + places[w * lanes + lane]] = np.int8(code + np.int32(low))
-
-
-@_jit
+@jit
 def _dequantize(codes, rows, cols, groups, scales, zeros, has_zero, starts, ends, run_group, leaf_cols, weights):
     nought = np.float32(0.0)
     for run in range(len(starts)):
@@ -573,7 +509,7 @@ def _dequantize(codes, rows, cols, groups, scales, zeros, has_zero, starts, ends
                 weight_run[c] = scale * (np.float32(code_run[c]) - zero) + nought
 
 
-@_jit
+@jit
 def _look_up(codes, rows, cols, groups, scales, table, starts, ends, run_group, leaf_cols, weights):
     nought = np.float32(0.0)
     for run in range(len(starts)):
@@ -590,7 +526,7 @@ def _look_up(codes, rows, cols, groups, scales, table, starts, ends, run_group, 
                 weight_run[c] = scale * table[code_run[c]] + nought
 
 
-@_jit
+@jit
 def _cast_error(values, stored, smallest_normal):
     rounded = np.float32(0.0)
     subnormal = np.float32(0.0)
@@ -605,7 +541,7 @@ def _cast_error(values, stored, smallest_normal):
     return rounded, subnormal
 
 
-@_jit
+@jit
 def _code_range(codes, stride, rows, cols):
     low = np.int8(127)
     high = np.int8(-128)
@@ -617,7 +553,7 @@ def _code_range(codes, stride, rows, cols):
     return low, high
 
 
-@_jit
+@jit
 def _equal(left, left_stride, right, right_stride, rows, cols):
     for r in range(rows):
         different = np.int8(0)

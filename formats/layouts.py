@@ -245,7 +245,7 @@ class TileLayout:
     bits: int
     word: str
     tile: tuple[int, int]
-    order: tuple[int, ...] = field(repr=False)
+    order: tuple[int, ...] = field(repr=False, hash=False)
     transposed: bool = False
     offset: int = 0
     low: int = 0
@@ -324,10 +324,12 @@ class TileLayout:
         return codes.astype(dtype, copy=False)
 
     def _engine(self) -> ModuleType | None:
-        """The kernels, where a word holds whole lanes and a code fits their int8."""
-        word_bits = 8 * self.word_dtype.itemsize
-        fits = word_bits <= 32 and word_bits % self.bits == 0 and self.low >= -128 and self.low + (1 << self.bits) <= 128
-        return kernels() if fits else None
+        """``formats.tile_kernels`` if this run should use it, and it knows such tiles."""
+        if kernels() is None:
+            return None
+        from . import tile_kernels
+
+        return tile_kernels if tile_kernels.fragments_of(self) is not None else None
 
 
 @dataclass(frozen=True, slots=True)

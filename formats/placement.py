@@ -30,11 +30,17 @@ from .workspace import Workspace, empty
 Lines = Callable[[str, Array, int, int], None]
 """Reads or writes the rows of an array (uint8, C-contiguous): a file, the array, where its first row lies, bytes from row to row."""
 
+Guard = Callable[[str], contextlib.AbstractContextManager[Any]]
+"""What lets one at a time write a file."""
+
 Split = Literal["lines", "slots", ""]
 """What ranks share out of a tensor."""
 
 PIECE = 1 << 20
 """Bytes of a file that are held at once, about, where they are not read straight into place."""
+
+PANEL = 128
+"""Rows and columns that are turned at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +78,10 @@ class Place:
             if not np.array_equal(again.data, found):
                 raise UnreadableError(f"{part.file}: differs from {self.files[0]}, of which it must be a copy; it is damaged")
 
-    def write(self, read_lines: Lines, write_lines: Lines, data: Array, top: int, left: int) -> None:
-        """Put ``data`` (uint8 [rows, bytes]) there. What lies between is read and written again, so one may write a file at a time."""
+    def write(self, read_lines: Lines, write_lines: Lines, guard: Guard, data: Array, top: int, left: int) -> None:
+        """Put ``data`` (uint8 [rows, bytes]) there. What lies between is read and written again, so ``guard`` lets one at a time."""
         for part in self._parts(data, top, left):
-            part.write(read_lines, write_lines)
+            part.write(read_lines, write_lines, guard)
 
     def _parts(self, data: Array, top: int, left: int) -> Iterator[_Part]:
         """The rectangle's pieces, one for each rank that has any of it (of copies: each rank)."""
@@ -131,6 +137,14 @@ class _Part:
         found: Array = units[self.lines, self.slots]
         return found
 
+    def _straight(self, order: Array | None) -> Array | None:
+        """The rectangle as bytes [lines, bytes] that lie in the file as they are; None if they lie there otherwise."""
+        place, unit = self.place, self.place.unit
+        if not unit or place.turned or order is not None or place.step != unit:
+            return None
+        found: Array = self.data[self.lines, self.slots.start * unit : self.slots.stop * unit]
+        return found
+
     def _halves(self, lines: slice) -> Array:
         """Lines of the rectangle as bytes, of units that are half bytes."""
         part = slice(self.lines.start + lines.start, self.lines.start + lines.stop)
@@ -160,6 +174,10 @@ class _Part:
     def read(self, read_lines: Lines) -> None:
         first, slots, order = self._span()
         begin, wide = self._bytes(first, slots)
+        straight = self._straight(order)
+        if straight is not None and straight.flags.c_contiguous:
+            read_lines(self.file, straight, self._offset(slice(0, 0), begin), self.place.pitch)
+            return
         for lines in self._blocks(wide):
             block = self._fetch(read_lines, lines, begin, wide)
             if self.place.unit == 0:
@@ -167,25 +185,57 @@ class _Part:
                 whole = len(order) == slots
                 self._halves(lines)[...] = parted(block, self.place.head) if whole else _joined(_nibbles(block)[:, order])
                 continue
-            units = self._stored(block, slots)
-            self._view()[lines] = units if order is None else units[:, order]
+            units, view = self._stored(block, slots), self._view()[lines]
+            if self.place.turned and (order is None or len(order) == slots):
+                for ours, theirs in self._runs(slots):
+                    turn(view[:, ours].T, units[:, theirs].T)
+            else:
+                view[...] = units if order is None else units[:, order]
 
-    def write(self, read_lines: Lines, write_lines: Lines) -> None:
+    def write(self, read_lines: Lines, write_lines: Lines, guard: Guard) -> None:
         first, slots, order = self._span()
         begin, wide = self._bytes(first, slots)
         whole = order is None or len(order) == slots
+        gaps = not whole or (self.place.unit > 0 and self.place.step != self.place.unit)
+        straight = self._straight(order)
         for lines in self._blocks(wide):
-            gaps = not whole or (self.place.unit and self.place.step != self.place.unit)
-            block = self._fetch(read_lines, lines, begin, wide) if gaps else np.empty((lines.stop - lines.start, wide), np.uint8)
-            if self.place.unit == 0 and whole:
-                block = paired(self._halves(lines), self.place.head)
-            elif self.place.unit == 0:
-                nibbles = _nibbles(block)
-                nibbles[:, order] = _nibbles(self._halves(lines))
-                block = _joined(nibbles)
-            else:
-                self._stored(block, slots)[:, slice(None) if order is None else order] = self._view()[lines]
-            write_lines(self.file, block, self._offset(lines, begin), self.place.pitch)
+            offset = self._offset(lines, begin)
+            if straight is not None:
+                block = straight[lines]
+            elif not gaps:
+                block = self._filled(np.empty((lines.stop - lines.start, wide), np.uint8), lines, slots, order)
+            with guard(self.file):
+                if gaps:
+                    block = self._filled(self._fetch(read_lines, lines, begin, wide), lines, slots, order)
+                write_lines(self.file, block, offset, self.place.pitch)
+
+    def _filled(self, block: Array, lines: slice, slots: int, order: Array | None) -> Array:
+        """The file's bytes of some lines: ``block`` with the rectangle put in."""
+        whole = order is None or len(order) == slots
+        if self.place.unit == 0:
+            if whole:
+                return paired(self._halves(lines), self.place.head)
+            nibbles = _nibbles(block)
+            nibbles[:, order] = _nibbles(self._halves(lines))
+            return _joined(nibbles)
+        units, view = self._stored(block, slots), self._view()[lines]
+        if self.place.turned and whole:
+            for ours, theirs in self._runs(slots):
+                turn(units[:, theirs], view[:, ours])
+        else:
+            units[:, slice(None) if order is None else order] = view
+        return block
+
+    def _runs(self, slots: int) -> Iterator[tuple[slice, slice]]:
+        """(the tensor's slots, the file's) in runs of one half of a head, of whole heads; all of them, where there are no heads."""
+        head = self.place.head
+        if not head:
+            yield slice(None), slice(None)
+            return
+        for first in range(0, slots, head):
+            for half in range(2):
+                start = first + half * head // 2
+                yield slice(start, start + head // 2), slice(first + half, first + head, 2)
 
     def _offset(self, lines: slice, begin: int) -> int:
         """Byte of the file at which some of the lines begin."""
@@ -220,6 +270,20 @@ def write_lines(descriptor: int, block: Array, offset: int, pitch: int) -> None:
             done = os.pwrite(descriptor, line, at)
             line, at = line[done:], at + done
         offset += pitch
+
+
+def turn(target: Array, source: Array) -> None:
+    """``target[...] = source``, both [rows, cols]; of source columns are contiguous, or nearly, of target rows.
+
+    In panels that stay in cache: of a whole matrix every element would cost a cache line.
+    """
+    panel = np.empty((PANEL, PANEL + 16), target.dtype)  # wider, so that rows do not fall into the same cache lines
+    for top in range(0, source.shape[0], PANEL):
+        for left in range(0, source.shape[1], PANEL):
+            part = source[top : top + PANEL, left : left + PANEL].T
+            near = panel[: part.shape[0], : part.shape[1]]
+            near[...] = part
+            target[top : top + PANEL, left : left + PANEL] = near.T
 
 
 def parted(block: Array, head: int) -> Array:

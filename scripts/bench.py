@@ -1,6 +1,6 @@
 """Conversions against ``cp`` plus fsync: one table, every row from the same run, medians.
 
-    python scripts/bench.py [--layers 4] [--runs 5] [--folder DIR] [--hub] [--mindspore] [--plan]
+    python scripts/bench.py [--layers 4] [--runs 5] [--folder DIR] [--hub] [--mindspore] [--lmdeploy] [--plan]
 
 Each row is a whole process (interpreter, imports, kernels, fsync), run in turn with the others, so that a slow minute of the
 machine falls on all of them. The source is read once before, so it is in the page cache if it fits. Peak memory is anonymous
@@ -62,8 +62,8 @@ def run(command: list[str]) -> tuple[float, float, float]:
 
 
 def copy(source: Path, target: Path) -> list[str]:
-    """``cp`` of every file of a folder, made durable."""
-    return ["sh", "-c", f"mkdir '{target}' && cp '{source}'/* '{target}' && sync '{target}'/* '{target}'"]
+    """``cp`` of a folder, every file made durable."""
+    return ["sh", "-c", f"cp -r '{source}' '{target}' && find '{target}' -print0 | xargs -0 sync"]
 
 
 TOOL = [sys.executable, "-m", "convert"]
@@ -127,12 +127,34 @@ def bench_to_mindspore(folder: Path, layers: int, runs: int) -> list[list[str]]:
     return table
 
 
-def _converted(folder: Path, layers: int, to: str) -> Path:
-    """The synthetic weights in another format."""
-    source, place = folder / "source", folder / to
-    synthetic.write(source, layers)
-    subprocess.run([*TOOL, "convert", str(source), str(place), "--to", to, "--no-proof"], check=True, stdout=subprocess.DEVNULL)
+def bench_lmdeploy(folder: Path, layers: int, runs: int) -> list[list[str]]:
+    """Llama-2-7B's shapes to TurboMind's workspaces and back, of 4 bits and of float16, each against a copy of its own source."""
+    awq, out = _converted(folder, layers, "awq", synthetic.LLAMA2_7B), folder / "out"
+    ranks = {"convert to turbomind:0.1 --tp 2, proved": [*TOOL, "convert", str(awq), str(out), "--to", "turbomind:0.1", "--tp", "2"]}
+    tables = {"awq": against_copy(out, awq, [(awq, to) for to in ("turbomind:0.1", "turbomind:0.6", "gptq")], runs, ranks)}
+    for origin, to in (("turbomind:0.1", "awq"), ("turbomind:0.6", "awq"), ("dense", "turbomind:0.1"), ("turbomind:0.1", "dense")):
+        source = awq if to == "awq" else _again(awq, "dense")
+        place = source if origin == "dense" else _again(source, origin)
+        tables[f"{origin}{', float16' if to == 'dense' else ''}"] = against_copy(out, place, [(place, to)], runs)
+        for other in {source, place} - {awq}:
+            shutil.rmtree(other)
+    shutil.rmtree(awq)
+    return [[f"{origin}: {row[0]}", *row[1:]] for origin, rows in tables.items() for row in rows]
+
+
+def _converted(folder: Path, layers: int, to: str, shapes: synthetic.Shapes | None = None) -> Path:
+    """The synthetic weights in another format. shapes: of a whole model, with embeddings; None: layers of Qwen2-7B alone."""
+    source = folder / "source"
+    synthetic.write(source, layers, embeddings=shapes is not None, shapes=shapes or synthetic.QWEN2_7B)
+    place = _again(source, to)
     shutil.rmtree(source)
+    return place
+
+
+def _again(source: Path, to: str) -> Path:
+    """A folder beside ``source`` with its weights in another format."""
+    place = source.with_name(to.replace(":", "-"))
+    subprocess.run([*TOOL, "convert", str(source), str(place), "--to", to, "--no-proof"], check=True, stdout=subprocess.DEVNULL)
     return place
 
 
@@ -154,14 +176,14 @@ def against_copy(
     target: Path, source: Path, routes: list[tuple[Path, str]], runs: int, others: dict[str, list[str]] | None = None
 ) -> list[list[str]]:
     """A row for the copy of ``source``, two for every route, proved and not, and one for each of ``others``."""
-    size = sum(path.stat().st_size for path in source.iterdir())
+    size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file() and not path.is_symlink())
     rows: dict[str, list[str]] = {"cp + fsync": copy(source, target)}
     for origin, to in routes:
         rows[f"convert to {to}, proved"] = [*TOOL, "convert", str(origin), str(target), "--to", to]
         rows[f"convert to {to}, --no-proof"] = [*TOOL, "convert", str(origin), str(target), "--to", to, "--no-proof"]
     rows |= others or {}
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in rows}
-    subprocess.run(["sh", "-c", f"cat '{source}'/* > /dev/null"], check=True)
+    subprocess.run(["sh", "-c", f"find '{source}' -type f -exec cat {{}} + > /dev/null"], check=True)
     for number in range(runs + 1):
         for name, command in rows.items():
             shutil.rmtree(target, ignore_errors=True)
@@ -284,6 +306,11 @@ def main() -> None:
         action="store_true",
         help="only MindSpore: as many layers (0.12 GB each) rewritten, and from AWQ",
     )
+    parser.add_argument(
+        "--lmdeploy",
+        action="store_true",
+        help="only TurboMind's workspaces: as many layers of Llama-2-7B's shapes (0.11 GB each) with embeddings, from AWQ and back",
+    )
     parser.add_argument("--plan", action="store_true", help="also plan 190,000 tensors")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder or Path.cwd()) as name:
@@ -296,6 +323,10 @@ def main() -> None:
             show(f"{title}; {options.runs} runs", columns, bench_mindspore(folder, options.layers, options.runs))
             title = f"The same weights as AutoAWQ's gemm, to MindSpore; {options.runs} runs"
             show(title, columns, bench_to_mindspore(folder, options.layers, options.runs))
+            return
+        if options.lmdeploy:
+            title = f"{options.layers} layers of Llama-2-7B's shapes with embeddings, groups of 128, and LMDeploy's workspaces"
+            show(f"{title}; {options.runs} runs", columns, bench_lmdeploy(folder, options.layers, options.runs))
             return
         show(f"{size}; {options.runs} runs", columns, bench(folder, options.layers, options.runs))
         if options.hub:

@@ -21,13 +21,15 @@ import numpy as np
 import xxhash
 from bench import machine, show
 
-from formats import kernels
+from formats import kernels, tile_kernels
 from formats.awq import GEMM, GEMV, GEMV_FAST
 from formats.gptq import codes_layout
 from formats.ir import Array
-from formats.layouts import Layout
+from formats.layouts import Layout, TileLayout
 from formats.marlin import MARLIN
 from formats.msmodelslim import PACKED_COLUMNS, PACKED_ROWS
+from formats.turbomind_tree import HALF_MMA, MMA
+from formats.turbomind_tree import ROWS as NATURAL
 
 ROWS, COLS = 128, 3584
 LAYOUTS: dict[str, Layout] = {
@@ -35,6 +37,9 @@ LAYOUTS: dict[str, Layout] = {
     "awq:gemv, compressed-tensors": GEMV,
     "awq:gemv_fast": GEMV_FAST,
     "marlin": MARLIN,
+    "turbomind:0.1": MMA,
+    "turbomind:0.1, q, k, gate, up": HALF_MMA,
+    "turbomind:0.6": NATURAL,
     "gptq, 4 bits": codes_layout(4),
     "gptq, 8 bits": codes_layout(8),
     "gptq, 3 bits": codes_layout(3),
@@ -73,8 +78,10 @@ def jobs() -> list[Job]:
 
 
 def _unpack(layout: Layout, words: Array, codes: Array) -> Callable[[], object]:
-    into, tiled = np.empty_like(codes), hasattr(layout, "tile")
-    return lambda: (kernels.unpack_tiles if tiled else kernels.unpack)(layout, words, into)  # type: ignore[operator]
+    into = np.empty_like(codes)
+    if isinstance(layout, TileLayout):
+        return lambda: tile_kernels.unpack_tiles(layout, words, into)
+    return lambda: kernels.unpack(layout, words, into)  # type: ignore[arg-type]
 
 
 def copy_of(size: int) -> Callable[[], object]:

@@ -19,6 +19,7 @@ from convert import convert, inspect, verify
 from formats import open_checkpoint
 from formats.errors import DestinationError, RefusedError, UnreadableError
 from formats.ir import Array
+from formats.placement import turn
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "lmdeploy"
 WORKSPACES = FIXTURES
@@ -38,6 +39,16 @@ def same_files(ours: dict[str, bytes], theirs: dict[str, bytes]) -> None:
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
+@pytest.fixture(params=["numpy", "numba"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What packs and unpacks: the reference, or the kernels."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    monkeypatch.setenv("WEIGHBRIDGE_KERNELS", request.param)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("tp", [1, 2])
 def test_awq_becomes_lmdeploy_0_1s_workspace(tmp_path: Path, tp: int) -> None:
     convert(AWQ_010, tmp_path / "out", "turbomind:0.1", tp=tp, model_name="internlm-chat-7b")
@@ -54,6 +65,7 @@ def test_awq_becomes_lmdeploy_0_1s_workspace(tmp_path: Path, tp: int) -> None:
     assert (tmp_path / "out/model_repository/preprocessing/1/tokenizer/config.json").is_file()
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_workspace_of_0_1_becomes_the_awq_folder_it_was_made_of(tmp_path: Path, tp: int) -> None:
     convert(WORKSPACES / f"w4_v010_tp{tp}", tmp_path / "awq", "awq")
@@ -182,6 +194,7 @@ def from_file(folder: Path, name: str, dtype: str) -> Array:
     return np.fromfile(folder / WEIGHTS / f"layers.0.{name}", dtype)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("version", ["0.1", "0.6", "0.9"])
 def test_grouped_queries_and_biases(tmp_path: Path, version: str, tp: int) -> None:
@@ -398,6 +411,16 @@ def test_any_part_of_a_tensor_is_that_part(name: str) -> None:
                 assert np.array_equal(stored.read(*cut), whole[cut]), (tensor, cut)
         begin, end = np.sort(random.integers(0, info.nbytes // 4096 + 1, 2)) * 4096 if info.nbytes > 4096 else (0, info.nbytes)
         assert stored.file.read(info.begin + int(begin), int(end - begin)) == whole.tobytes()[begin:end], tensor
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (127, 129), (300, 256), (5, 400)])
+def test_a_matrix_is_turned_whatever_its_size(rows: int, cols: int) -> None:
+    """Between arrays that are parts of larger ones, of which the rest stays."""
+    source = np.arange(cols * (rows + 3), dtype=np.uint16).reshape(cols, rows + 3)[:, 1:-2].T
+    around = np.zeros((rows, 2 * cols), np.uint16)
+    turn(around[:, ::2], source)
+    assert np.array_equal(around[:, ::2], source)
+    assert not around[:, 1::2].any()
 
 
 def test_a_base_model_says_what_the_workspace_does_not(tmp_path: Path) -> None:
