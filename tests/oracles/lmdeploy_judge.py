@@ -99,9 +99,9 @@ class Answer(NamedTuple):
         """TurboMind's other tensors."""
         root, found = "turbomind/text_model", {}
         for module in TURBOMIND:
+            quantized = dict(self.turbomind_parts(module, "scales"))
             found |= {f"{name}.bias": part for name, part in self.turbomind_parts(module, "bias")}
-            if not dict(self.turbomind_parts(module, "scales")):
-                found |= {f"{name}.weight": part.T for name, part in self.turbomind_parts(module, "weight")}
+            found |= {f"{name}.weight": part.T for name, part in self.turbomind_parts(module, "weight") if name not in quantized}
         for layer in range(self.config["num_hidden_layers"]):
             for theirs, ours in NORMS.items():
                 found[f"model.layers.{layer}.{ours}.weight"] = self.tensors[f"{root}.layers.{layer}.{theirs}.weight"]

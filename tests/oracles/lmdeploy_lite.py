@@ -1,0 +1,54 @@
+"""LMDeploy 0.18.0's own ``lite`` on the CPU, with a local text in the place of the data set that it would download.
+
+    python lmdeploy_lite.py JOB.json
+
+Run by the interpreter that has LMDeploy; it imports nothing of Weighbridge. The job is a JSON object:
+
+| key | |
+| --- | --- |
+| text | the text that is the whole data set, from which ``wikitext2`` of LMDeploy takes its windows |
+| bytes | a folder to which a tokenizer is written first whose tokens are bytes |
+| runs | a list of [function, arguments]: of ``lmdeploy.lite.apis``, what the command of that name calls |
+| statistics | {FILE.pth: OUT.safetensors}: afterwards, statistics as tensors STATISTIC/NAME; ``order`` in the metadata lists them in order |
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def write_statistics(source: Path, out: Path) -> None:
+    found = torch.load(source, weights_only=True)
+    tensors = {f"{kind}/{name}": tensor for kind, by_name in found.items() for name, tensor in by_name.items()}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, out, {"order": json.dumps(list(tensors))})
+
+
+def main(job: dict[str, Any]) -> None:
+    if job.get("bytes"):
+        write_byte_tokenizer(Path(job["bytes"]))
+    datasets.load_dataset = lambda *args, **kwargs: datasets.Dataset.from_dict({"text": [job["text"]]})
+    for function, arguments in job["runs"]:
+        getattr(importlib.import_module(f"lmdeploy.lite.apis.{function}"), function)(**arguments)
+    for source, out in job["statistics"].items():
+        write_statistics(Path(source), Path(out))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text("utf-8")))

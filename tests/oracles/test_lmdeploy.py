@@ -1,0 +1,281 @@
+"""LMDeploy 0.18.0 loads what Weighbridge writes, on the CPU, as far as its Python code goes, and its ``lite`` gives our numbers.
+
+``make oracles`` (or ``nox -s lmdeploy``) installs it and runs this; ``lmdeploy_load.py`` says how the engines are run.
+
+How far that goes. TurboMind's C++ extension needs CUDA's libraries, so it is replaced by a stand-in that only keeps what it is given.
+All before it is LMDeploy's own: the choice of engine, config.json, the reader of the files, unpacking, zero points, transposing,
+the reordering for rotary embedding, fusing, and packing for the GPU. So what is compared is what TurboMind copies to a GPU; that its
+kernels then multiply ``(code - zero) * scale`` is not seen here, nor which shapes they take, nor that they round float32 scales. Of the
+PyTorch engine its config, models, loaders and the plain torch backend's dequantization of AWQ are run; attention and W8A8's products
+are not. No engine says a word here: both want a GPU for that.
+
+``lite`` runs whole on a CPU: calibrate, auto_awq and smooth_quant, with a local text for its data set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  so that safetensors can give bfloat16
+import numpy as np
+import pytest
+from judge import FIXTURES, HERE, Tool, read_answer
+from laws import Law, read_by_weighbridge, read_plainly
+from lmdeploy_judge import Answer, ask
+from safetensors.numpy import load_file, save_file
+
+from convert import check, convert, serve_check
+from convert.serving_children import EngineFailedError
+from formats import open_checkpoint
+from formats.ir import read
+
+pytestmark = pytest.mark.oracle
+
+ROOT = FIXTURES.parent
+QWEN, LLAMA = "compressed_tensors/src_qwen2_bf16", "compressed_tensors/src_llama_fp16"
+
+
+class Case(NamedTuple):
+    """A folder under fixtures/ to convert. change: what is done to the result."""
+
+    source: str
+    to: str
+    base: str | None = None
+    change: Callable[[Path], None] | None = None
+    options: Mapping[str, Any] = {}
+
+
+WRITTEN = {
+    "awq of msModelSlim": Case("msmodelslim/w4a16_g128_sym_bf16", "awq", "msmodelslim/src_bf16"),
+    "awq of msModelSlim, zero points": Case("msmodelslim/w4a16_g128_asym_fp16", "awq", "msmodelslim/src_fp16"),
+    "awq of msModelSlim, a scale per channel": Case("msmodelslim/w4a16_pc_sym_bf16", "awq", "msmodelslim/src_bf16"),
+    "awq of AutoAWQ": Case("awq_gptq/awq_gemm_g128_zp", "awq"),
+    "awq of AutoAWQ's gemv": Case("awq_gptq/awq_gemv_g128_zp", "awq"),
+    "awq of AutoGPTQ": Case("awq_gptq/gptq_v1_4b_g128_sym", "awq"),
+    "awq of AutoGPTQ, zero points": Case("awq_gptq/gptq_v1_4b_g128_asym", "awq"),
+    "awq of GPTQModel": Case("awq_gptq/gptqmodel_v1_4b_g128_sym", "awq"),
+    "awq of compressed-tensors": Case("compressed_tensors/w4a16_g128_sym_bf16", "awq"),
+    "awq of compressed-tensors, zero points": Case("compressed_tensors/w4a16_g128_asym_bf16", "awq"),
+    "awq of LMDeploy 0.1": Case("lmdeploy/awq_v010", "awq"),
+    "awq of LMDeploy 0.18": Case("lmdeploy/awq_v018", "awq"),
+    "awq of a workspace of 0.1": Case("lmdeploy/w4_v010_tp1", "awq"),
+    "awq of a workspace of 0.1 for two ranks": Case("lmdeploy/w4_v010_tp2", "awq"),
+    "awq of a workspace of 0.9": Case("lmdeploy/w4_v092_tp1", "awq"),
+    "gptq of msModelSlim": Case("msmodelslim/w4a16_g128_sym_bf16", "gptq", "msmodelslim/src_bf16"),
+    "gptq of AutoGPTQ": Case("awq_gptq/gptq_v1_4b_g128_sym", "gptq"),
+    "gptq of GPTQModel": Case("awq_gptq/gptqmodel_v1_4b_g128_sym", "gptq"),
+    "gptq of compressed-tensors": Case("compressed_tensors/w4a16_g128_sym_bf16", "gptq"),
+    "ct of msModelSlim": Case("msmodelslim/w4a16_g128_sym_bf16", "compressed-tensors", "msmodelslim/src_bf16"),
+    "ct of msModelSlim, zero points": Case("msmodelslim/w4a16_g128_asym_fp16", "compressed-tensors", "msmodelslim/src_fp16"),
+    "ct of AutoGPTQ, zero points": Case("awq_gptq/gptq_v1_4b_g128_asym", "compressed-tensors"),
+    "ct of llm-compressor, groups of 32": Case("compressed_tensors/w4a16_g32_asym_fp16", "compressed-tensors"),
+    "ct of LMDeploy 0.18": Case("lmdeploy/awq_v018", "compressed-tensors"),
+    "ct of a workspace of 0.1": Case("lmdeploy/w4_v010_tp2", "compressed-tensors"),
+    "dense of msModelSlim": Case("msmodelslim/w4a16_g128_asym_fp16", "dense", "msmodelslim/src_fp16"),
+    "smooth_quant of msModelSlim": Case("msmodelslim_w8/w8a8_dynamic_bf16", "smooth_quant", LLAMA),
+    "smooth_quant of llm-compressor": Case("compressed_tensors/w8a8_dynamic_fp16", "smooth_quant"),
+    "smooth_quant of llm-compressor, FP8": Case("compressed_tensors/fp8_dynamic_fp16", "smooth_quant:fp8"),
+    "smooth_quant of LMDeploy": Case("lmdeploy/smooth_quant_int8", "smooth_quant"),
+    "smooth_quant of LMDeploy, FP8": Case("lmdeploy/smooth_quant_fp8", "smooth_quant:fp8"),
+}
+TURBOMIND = [name for name in WRITTEN if not name.startswith("smooth_quant")]
+PYTORCH = [name for name in WRITTEN if name.startswith(("awq", "smooth_quant", "dense"))]
+
+AWQ, GPTQ = Case("lmdeploy/awq_v018", "awq"), Case("awq_gptq/gptq_v1_4b_g128_sym", "gptq")
+COMPRESSED = Case("lmdeploy/awq_v018", "compressed-tensors")
+
+
+def say(**entries: Any) -> Callable[[Path], None]:
+    """Entries changed in config.json's quantization_config; None: taken out."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        new = {**config["quantization_config"], **entries}
+        config["quantization_config"] = {key: value for key, value in new.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(config), "utf-8")
+
+    return change
+
+
+def float_linear(name: str, key: str) -> Callable[[Path], None]:
+    """One linear dequantized, and named under ``key`` of the quantization_config."""
+
+    def change(folder: Path) -> None:
+        path, law = folder / "model.safetensors", read_by_weighbridge(folder)[name]
+        tensors = {tensor: value for tensor, value in load_file(path).items() if tensor == f"{name}.bias" or not tensor.startswith(f"{name}.")}
+        save_file({**tensors, f"{name}.weight": law.rounded(np.float16)}, path, {"format": "pt"})
+        said = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"].get(key) or []
+        say(**{key: [*said, name]})(folder)
+
+    return change
+
+
+GATE, KEY, DOWN = "model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"
+
+CHANGED = {
+    "awq, GEMM in capitals": AWQ._replace(change=say(version="GEMM")),
+    "awq, no version": AWQ._replace(change=say(version=None)),
+    "awq, no group size": AWQ._replace(change=say(group_size=None)),
+    "awq, another method": AWQ._replace(change=say(quant_method="awq_gemm")),
+    "awq, a float down": AWQ._replace(change=float_linear(DOWN, "modules_to_not_convert")),
+    "awq, a float k": AWQ._replace(change=float_linear(KEY, "modules_to_not_convert")),
+    "awq, a float gate": AWQ._replace(change=float_linear(GATE, "modules_to_not_convert")),
+    "awq in groups of 64": Case("compressed_tensors/w4a16_sharded_fp16", "awq"),
+    "awq in groups of 32": Case("compressed_tensors/w4a16_g32_asym_fp16", "awq"),
+    "awq:gemv": Case("awq_gptq/awq_gemm_g128_zp", "awq:gemv"),
+    "awq:gemv_fast": Case("awq_gptq/awq_gemm_g128_zp", "awq:gemv_fast"),
+    "gptq, zero points": Case("awq_gptq/gptq_v1_4b_g128_asym", "gptq"),
+    "gptq:v2": Case("awq_gptq/gptq_v1_4b_g128_sym", "gptq:v2"),
+    "gptq in groups of 64": Case("compressed_tensors/w4a16_sharded_fp16", "gptq"),
+    "gptq, a scale per channel": Case("awq_gptq/gptq_v1_4b_gm1_sym", "gptq"),
+    "gptq, 8 bits": Case("awq_gptq/gptq_v1_8b_g128_sym", "gptq"),
+    "gptq, act order said": GPTQ._replace(change=say(desc_act=True)),
+    "gptq, sym not said": GPTQ._replace(change=say(sym=None)),
+    "gptq, desc_act not said": GPTQ._replace(change=say(desc_act=None)),
+    "gptq, no group size": GPTQ._replace(change=say(group_size=None)),
+    "gptq, a float down": GPTQ._replace(change=float_linear(DOWN, "modules_in_block_to_quantize")),
+    "gptq, a float k": GPTQ._replace(change=float_linear(KEY, "modules_in_block_to_quantize")),
+    "ct, act order": Case("compressed_tensors/w4a16_gptq_g32_actgroup_asym_fp16", "compressed-tensors"),
+    "ct, a scale per channel": Case("compressed_tensors/w4a16_pc_asym_fp16", "compressed-tensors"),
+    "ct, 8 bits": Case("compressed_tensors/w8a16_pc_sym_fp16", "compressed-tensors"),
+    "ct, W8A8": Case("msmodelslim_w8/w8a8_dynamic_bf16", "compressed-tensors", LLAMA),
+    "ct, two groups": Case("awq_gptq/gptqmodel_dynamic", "compressed-tensors"),
+    "ct, a float down": COMPRESSED._replace(change=float_linear(DOWN, "ignore")),
+    "ct, a float k": COMPRESSED._replace(change=float_linear(KEY, "ignore")),
+    "ct, a float gate": COMPRESSED._replace(change=float_linear(GATE, "ignore")),
+}
+FLOAT32_SCALES = "awq, float32 scales"
+AS_THEY_ARE = [
+    f"{path.parent.parent.name}/{path.parent.name}"
+    for place in ("awq_gptq", "compressed_tensors", "lmdeploy")
+    for path in sorted((ROOT / place).glob("*/model*.safetensors"))
+    if (path.parent / "config.json").exists()
+]
+
+
+def for_transformers_4(folder: Path, copy: Path) -> Path:
+    """``folder``, or a ``copy`` whose config.json says rotary embedding as transformers 4 does, which LMDeploy is run with here."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    if "rope_parameters" not in config:
+        return folder
+    config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"]}
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).symlink_to(path)
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(config), "utf-8")
+    return copy
+
+
+class Asked(NamedTuple):
+    """A folder, and what the engines say of it. source: where its weights are from."""
+
+    folder: Path
+    source: Path
+    answer: Answer
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Asked]:
+    """All folders, written here or fixtures, and what the engines say of them."""
+    root = tmp_path_factory.mktemp("lmdeploy")
+    Tool("lmdeploy")  # skips here, before anything is converted
+    folders, sources = {}, {}
+    float32 = Case("lmdeploy/awq_v010", "awq", options={"scale_dtype": "float32"})
+    for name, case in (WRITTEN | CHANGED | {FLOAT32_SCALES: float32}).items():
+        folders[name], sources[name] = root / "folders" / re.sub(r"\W+", "_", name), ROOT / case.source
+        folders[name].parent.mkdir(exist_ok=True)
+        base = None if case.base is None else ROOT / case.base
+        convert(sources[name], folders[name], to=case.to, base_model=base, **case.options)
+        if case.change is not None:
+            case.change(folders[name])
+    for name in AS_THEY_ARE:
+        folders[name] = sources[name] = ROOT / name
+    (root / "copies").mkdir()
+    served = {name: for_transformers_4(folder, root / "copies" / re.sub(r"\W+", "_", name)) for name, folder in folders.items()}
+    numbers = {str(number): name for number, name in enumerate(served)}
+    said = ask({number: served[name] for number, name in numbers.items()}, root / "asked")
+    return {name: Asked(folders[name], sources[name], said[number]) for number, name in numbers.items()}
+
+
+def laws_of(source: Path) -> dict[str, Law]:
+    return (read_plainly if source.parent.name == "msmodelslim" else read_by_weighbridge)(source)
+
+
+def expect_plain(found: Mapping[str, np.ndarray], source: Path, unquantized: set[str]) -> None:
+    """Every tensor is the source's, in the engine's dtype: norms, embeddings, biases, and linears that are float there."""
+    checkpoint = open_checkpoint(source)
+    wanted = {name: np.asarray(checkpoint.plain(name).data) for name in checkpoint.plain_names}
+    biases = {f"{name}.bias": checkpoint.layer(name).bias for name in checkpoint.layer_names}
+    wanted |= {name: np.asarray(read(bias)) for name, bias in biases.items() if bias is not None}
+    names = {name for name in found if name.removesuffix(".weight") not in unquantized}
+    assert {name for name in wanted if not name.endswith("inv_freq")} - names <= {"lm_head.weight"}, "lm_head may be tied"
+    for name in names & set(wanted):
+        np.testing.assert_array_equal(found[name], wanted[name].astype(found[name].dtype), name)
+    assert names - set(wanted) <= {"lm_head.weight"} | {name for name in names if name.endswith(".bias") and not found[name].any()}
+
+
+def expect_turbomind(one: Asked) -> None:
+    """TurboMind copies the source's weights to the GPU: whole numbers, scales, and all that is not quantized."""
+    laws, linears, plain = laws_of(one.source), one.answer.turbomind_linears(), one.answer.turbomind_plain()
+    assert set(linears) <= set(laws)
+    for name, law in laws.items():
+        if name in linears:
+            np.testing.assert_array_equal(linears[name].steps, law.steps, name)
+            np.testing.assert_array_equal(linears[name].scales, law.scales.astype(linears[name].scales.dtype), name)
+        else:
+            np.testing.assert_array_equal(plain[f"{name}.weight"], law.rounded(plain[f"{name}.weight"].dtype), name)
+    expect_plain(plain, one.source, set(laws) - set(linears))
+
+
+def expect_pytorch(one: Asked) -> None:
+    """The PyTorch engine's model has the source's weights: of AWQ the float16 products, of W8A8 codes and scales."""
+    laws, found = laws_of(one.source), one.answer.pytorch_tensors()
+    assert one.answer.unfilled == []
+    for name, law in laws.items():
+        weight, scale = found[f"{name}.weight"], found.pop(f"{name}.scale", None)
+        if scale is None:
+            np.testing.assert_array_equal(weight, law.rounded(weight.dtype), name)
+        else:
+            np.testing.assert_array_equal(weight.astype(np.float32), law.steps, name)
+            np.testing.assert_array_equal(np.broadcast_to(scale, law.scales.shape), law.scales, name)
+    expect_plain(found, one.source, set(laws))
+
+
+@pytest.mark.parametrize("name", TURBOMIND)
+def test_turbomind_holds_what_we_write(asked: dict[str, Asked], name: str) -> None:
+    one = asked[name]
+    assert one.answer.turbomind == ""
+    assert (one.answer.turbomind_linears() != {}) == (not name.startswith("dense"))
+    expect_turbomind(one)
+
+
+@pytest.mark.parametrize("name", PYTORCH)
+def test_the_pytorch_engine_holds_what_we_write(asked: dict[str, Asked], name: str) -> None:
+    assert asked[name].answer.pytorch == ""
+    expect_pytorch(asked[name])
+
+
+def loads(one: Asked) -> bool:
+    """Whether an engine takes the folder, with the right weights."""
+    for refused, expect in ((one.answer.turbomind, expect_turbomind), (one.answer.pytorch, expect_pytorch)):
+        if refused == "":
+            try:
+                expect(one)
+            except (AssertionError, ValueError):
+                continue
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, *CHANGED, *AS_THEY_ARE])
+def test_check_says_what_the_engines_do(asked: dict[str, Asked], name: str) -> None:
+    report = check(asked[name].folder, "lmdeploy")
+    assert report.ok == loads(asked[name]), f"{report.unmet}\n{asked[name].answer.turbomind}\n{asked[name].answer.pytorch}"
