@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from judge import Tool, read_answer
@@ -48,7 +48,7 @@ class Answer(NamedTuple):
     unfilled: list[str]
 
     @property
-    def config(self) -> dict[str, int]:
+    def config(self) -> dict[str, Any]:
         return json.loads((self.folder / "config.json").read_text("utf-8"))
 
     def parts(self, fused: tuple[str, ...]) -> list[int]:
@@ -90,7 +90,8 @@ class Answer(NamedTuple):
         for module in TURBOMIND:
             codes, scales, zeros = (dict(self.turbomind_parts(module, leaf)) for leaf in ("weight", "scales", "zeros"))
             for name, scale in scales.items():
-                group = len(codes[name]) // len(scale)
+                group, outputs = self.tensors[f"turbomind/text_model.layers.{name.split('.')[2]}.{module}.block"]
+                assert (len(scale) * group, outputs) == (len(codes[name]), 1), f"{name}: the kernel is told groups of {group}"
                 spelled = zeros[name].astype(np.float32).repeat(group, 0)
                 found[name] = Held((codes[name].astype(np.float32) - spelled).T, scale.repeat(group, 0).T)
         return found

@@ -9,7 +9,7 @@ Run by the interpreter that has LMDeploy; it imports nothing of Weighbridge. The
 | text | the text that is the whole data set, from which ``wikitext2`` of LMDeploy takes its windows |
 | bytes | a folder to which a tokenizer is written first whose tokens are bytes |
 | runs | a list of [function, arguments]: of ``lmdeploy.lite.apis``, what the command of that name calls |
-| statistics | {FILE.pth: OUT.safetensors}: afterwards, statistics as tensors STATISTIC/NAME; ``order`` in the metadata lists them in order |
+| statistics | {FILE.pth: OUT.safetensors}: afterwards, as tensors STATISTIC/NAME, and their ``order`` in the metadata |
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def main(job: dict[str, Any]) -> None:
     if job.get("bytes"):
         write_byte_tokenizer(Path(job["bytes"]))
     datasets.load_dataset = lambda *args, **kwargs: datasets.Dataset.from_dict({"text": [job["text"]]})
-    for function, arguments in job["runs"]:
+    for function, arguments in job.get("runs", []):
         getattr(importlib.import_module(f"lmdeploy.lite.apis.{function}"), function)(**arguments)
-    for source, out in job["statistics"].items():
+    for source, out in job.get("statistics", {}).items():
         write_statistics(Path(source), Path(out))
 
 

@@ -69,6 +69,7 @@ class Module:
     """A module on the GPU: parameters and children by name."""
 
     def __init__(self, config: Any = None) -> None:
+        self.config = config
         self.slots: dict[str, Slot] = {}
         self.children: dict[str, Module] = {}
 
@@ -155,7 +156,9 @@ def import_turbomind() -> Any:
 
 
 def tensors_of(module: Module, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that was copied into ``module`` and the modules in it, by name."""
+    """Every tensor that was copied into ``module`` and the modules in it; and of linears ``block``, inputs and outputs of one scale."""
+    if hasattr(module.config, "format"):
+        yield f"{name}block", torch.tensor(module.config.format.fields[1])
     for leaf, slot in module.slots.items():
         if slot.value is not None:
             yield f"{name}{leaf}", slot.value

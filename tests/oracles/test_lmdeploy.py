@@ -86,7 +86,9 @@ WRITTEN = {
     "smooth_quant of LMDeploy, FP8": Case("lmdeploy/smooth_quant_fp8", "smooth_quant:fp8"),
 }
 TURBOMIND = [name for name in WRITTEN if not name.startswith("smooth_quant")]
-PYTORCH = [name for name in WRITTEN if name.startswith(("awq", "smooth_quant", "dense"))]
+NARROW = "awq of compressed-tensors"
+"""Cases whose k_proj has 64 outputs: the PyTorch engine wants them in multiples of the group size."""
+PYTORCH = [name for name in WRITTEN if name.startswith(("awq", "smooth_quant", "dense")) and not name.startswith(NARROW)]
 
 AWQ, GPTQ = Case("lmdeploy/awq_v018", "awq"), Case("awq_gptq/gptq_v1_4b_g128_sym", "gptq")
 COMPRESSED = Case("lmdeploy/awq_v018", "compressed-tensors")
@@ -104,12 +106,21 @@ def say(**entries: Any) -> Callable[[Path], None]:
     return change
 
 
+def say_nothing(folder: Path) -> None:
+    """No quantization_config in config.json."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+
+
 def float_linear(name: str, key: str) -> Callable[[Path], None]:
     """One linear dequantized, and named under ``key`` of the quantization_config."""
 
     def change(folder: Path) -> None:
         path, law = folder / "model.safetensors", read_by_weighbridge(folder)[name]
-        tensors = {tensor: value for tensor, value in load_file(path).items() if tensor == f"{name}.bias" or not tensor.startswith(f"{name}.")}
+        tensors = load_file(path)
+        for tensor in [one for one in tensors if one.startswith(f"{name}.") and not one.endswith("bias")]:
+            del tensors[tensor]
         save_file({**tensors, f"{name}.weight": law.rounded(np.float16)}, path, {"format": "pt"})
         said = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"].get(key) or []
         say(**{key: [*said, name]})(folder)
@@ -123,7 +134,8 @@ CHANGED = {
     "awq, GEMM in capitals": AWQ._replace(change=say(version="GEMM")),
     "awq, no version": AWQ._replace(change=say(version=None)),
     "awq, no group size": AWQ._replace(change=say(group_size=None)),
-    "awq, another method": AWQ._replace(change=say(quant_method="awq_gemm")),
+    "awq, groups of -1 said": AWQ._replace(change=say(group_size=-1)),
+    "awq, quant_config.json alone": AWQ._replace(change=say_nothing),
     "awq, a float down": AWQ._replace(change=float_linear(DOWN, "modules_to_not_convert")),
     "awq, a float k": AWQ._replace(change=float_linear(KEY, "modules_to_not_convert")),
     "awq, a float gate": AWQ._replace(change=float_linear(GATE, "modules_to_not_convert")),
@@ -139,9 +151,11 @@ CHANGED = {
     "gptq, act order said": GPTQ._replace(change=say(desc_act=True)),
     "gptq, sym not said": GPTQ._replace(change=say(sym=None)),
     "gptq, desc_act not said": GPTQ._replace(change=say(desc_act=None)),
+    "gptq, quantize_config.json alone": GPTQ._replace(change=say_nothing),
     "gptq, no group size": GPTQ._replace(change=say(group_size=None)),
     "gptq, a float down": GPTQ._replace(change=float_linear(DOWN, "modules_in_block_to_quantize")),
     "gptq, a float k": GPTQ._replace(change=float_linear(KEY, "modules_in_block_to_quantize")),
+    "gptq, a float gate": GPTQ._replace(change=float_linear(GATE, "modules_in_block_to_quantize")),
     "ct, act order": Case("compressed_tensors/w4a16_gptq_g32_actgroup_asym_fp16", "compressed-tensors"),
     "ct, a scale per channel": Case("compressed_tensors/w4a16_pc_asym_fp16", "compressed-tensors"),
     "ct, 8 bits": Case("compressed_tensors/w8a16_pc_sym_fp16", "compressed-tensors"),
@@ -151,6 +165,7 @@ CHANGED = {
     "ct, a float k": COMPRESSED._replace(change=float_linear(KEY, "ignore")),
     "ct, a float gate": COMPRESSED._replace(change=float_linear(GATE, "ignore")),
 }
+EMBEDDINGS = "model.embed_tokens.weight"
 FLOAT32_SCALES = "awq, float32 scales"
 AS_THEY_ARE = [
     f"{path.parent.parent.name}/{path.parent.name}"
@@ -205,17 +220,26 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Asked]:
     return {name: Asked(folders[name], sources[name], said[number]) for number, name in numbers.items()}
 
 
-def laws_of(source: Path) -> dict[str, Law]:
-    return (read_plainly if source.parent.name == "msmodelslim" else read_by_weighbridge)(source)
+def laws_of(one: Asked) -> dict[str, Law]:
+    """What the weights are; of a dense folder their products were rounded once, whatever the scales are."""
+    laws = (read_plainly if one.source.parent.name == "msmodelslim" else read_by_weighbridge)(one.source)
+    dense = not open_checkpoint(one.folder).layer_names
+    return {name: law._replace(quotients=True) for name, law in laws.items()} if dense else laws
 
 
-def expect_plain(found: Mapping[str, np.ndarray], source: Path, unquantized: set[str]) -> None:
-    """Every tensor is the source's, in the engine's dtype: norms, embeddings, biases, and linears that are float there."""
+def expect_plain(found: Mapping[str, np.ndarray], source: Path, quantized: set[str], padding: int | None = None) -> None:
+    """Every tensor is the source's, in the engine's dtype: norms, embeddings, biases, and linears that are not ``quantized`` there.
+
+    padding   the token whose embedding the engine sets to 0
+    """
     checkpoint = open_checkpoint(source)
     wanted = {name: np.asarray(checkpoint.plain(name).data) for name in checkpoint.plain_names}
     biases = {f"{name}.bias": checkpoint.layer(name).bias for name in checkpoint.layer_names}
     wanted |= {name: np.asarray(read(bias)) for name, bias in biases.items() if bias is not None}
-    names = {name for name in found if name.removesuffix(".weight") not in unquantized}
+    if padding is not None:
+        wanted[EMBEDDINGS] = wanted[EMBEDDINGS].copy()
+        wanted[EMBEDDINGS][padding] = 0
+    names = {name for name in found if name.removesuffix(".weight") not in quantized}
     assert {name for name in wanted if not name.endswith("inv_freq")} - names <= {"lm_head.weight"}, "lm_head may be tied"
     for name in names & set(wanted):
         np.testing.assert_array_equal(found[name], wanted[name].astype(found[name].dtype), name)
@@ -224,7 +248,7 @@ def expect_plain(found: Mapping[str, np.ndarray], source: Path, unquantized: set
 
 def expect_turbomind(one: Asked) -> None:
     """TurboMind copies the source's weights to the GPU: whole numbers, scales, and all that is not quantized."""
-    laws, linears, plain = laws_of(one.source), one.answer.turbomind_linears(), one.answer.turbomind_plain()
+    laws, linears, plain = laws_of(one), one.answer.turbomind_linears(), one.answer.turbomind_plain()
     assert set(linears) <= set(laws)
     for name, law in laws.items():
         if name in linears:
@@ -237,7 +261,7 @@ def expect_turbomind(one: Asked) -> None:
 
 def expect_pytorch(one: Asked) -> None:
     """The PyTorch engine's model has the source's weights: of AWQ the float16 products, of W8A8 codes and scales."""
-    laws, found = laws_of(one.source), one.answer.pytorch_tensors()
+    laws, found = laws_of(one), one.answer.pytorch_tensors()
     assert one.answer.unfilled == []
     for name, law in laws.items():
         weight, scale = found[f"{name}.weight"], found.pop(f"{name}.scale", None)
@@ -246,7 +270,8 @@ def expect_pytorch(one: Asked) -> None:
         else:
             np.testing.assert_array_equal(weight.astype(np.float32), law.steps, name)
             np.testing.assert_array_equal(np.broadcast_to(scale, law.scales.shape), law.scales, name)
-    expect_plain(found, one.source, set(laws))
+    config = one.answer.config
+    expect_plain(found, one.source, set(laws), padding=config.get("pad_token_id") if config["model_type"] == "qwen2" else None)
 
 
 @pytest.mark.parametrize("name", TURBOMIND)
@@ -264,18 +289,157 @@ def test_the_pytorch_engine_holds_what_we_write(asked: dict[str, Asked], name: s
 
 
 def loads(one: Asked) -> bool:
-    """Whether an engine takes the folder, with the right weights."""
-    for refused, expect in ((one.answer.turbomind, expect_turbomind), (one.answer.pytorch, expect_pytorch)):
-        if refused == "":
-            try:
-                expect(one)
-            except (AssertionError, ValueError):
-                continue
-            return True
-    return False
+    """Whether the engine that LMDeploy chooses, TurboMind unless it says that it does not know the model, holds the right weights."""
+    other = "Plz try pytorch engine instead" in one.answer.turbomind
+    refused, expect = (one.answer.pytorch, expect_pytorch) if other else (one.answer.turbomind, expect_turbomind)
+    try:
+        expect(one)
+    except (AssertionError, ValueError, KeyError):
+        return False
+    return refused == ""
 
 
 @pytest.mark.parametrize("name", [*WRITTEN, *CHANGED, *AS_THEY_ARE])
 def test_check_says_what_the_engines_do(asked: dict[str, Asked], name: str) -> None:
     report = check(asked[name].folder, "lmdeploy")
     assert report.ok == loads(asked[name]), f"{report.unmet}\n{asked[name].answer.turbomind}\n{asked[name].answer.pytorch}"
+
+
+REFUSED = {
+    "awq, GEMM in capitals": "AssertionError: unsupported quant config",
+    "awq, no version": "AssertionError: unsupported quant config",
+    "awq, a float gate": r"RuntimeError: shape '\[\d+, -1, 256\]' is invalid",
+    "awq in groups of 64": 'ValueError: Unsupported group_size=64 for model_format="awq"',
+    "awq, groups of -1 said": 'ValueError: Unsupported group_size=-1 for model_format="awq"',
+    "awq, quant_config.json alone": "ValueError: no weight format accepts tensors",
+    "gptq, quantize_config.json alone": "ValueError: no weight format accepts tensors",
+    "awq:gemv": "AssertionError: unsupported quant config",
+    "gptq, zero points": "AssertionError: unsupported quant config",
+    "gptq in groups of 64": 'ValueError: Unsupported group_size=64 for model_format="gptq"',
+    "gptq, a scale per channel": 'ValueError: Unsupported group_size=-1 for model_format="gptq"',
+    "gptq, act order said": "AssertionError: unsupported quant config",
+    "gptq, a float k": r"NotImplementedError: GPTQFormat\.dequant not implemented",
+    "gptq, a float gate": r"RuntimeError: shape '\[\d+, -1, 256\]' is invalid",
+    "ct, 8 bits": "AssertionError: pack-quantized requires 4-bit int, but got 8-bit int",
+    "ct, W8A8": "AssertionError: compressed-tensors only supports pack-quantized format",
+    "ct, a float gate": r"RuntimeError: shape '\[\d+, -1, 256\]' is invalid",
+    "smooth_quant of LMDeploy": "AssertionError: turbomind does not support .* Plz try pytorch engine instead",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_turbomind_refuses_in_the_words_of_the_table(asked: dict[str, Asked], name: str) -> None:
+    assert re.match(REFUSED[name], asked[name].answer.turbomind)
+
+
+def test_turbomind_takes_the_zero_points_of_v2_for_one_more(asked: dict[str, Asked]) -> None:
+    one = asked["gptq:v2"]
+    assert one.answer.turbomind == ""
+    for name, law in laws_of(one).items():
+        np.testing.assert_array_equal(one.answer.turbomind_linears()[name].steps, law.steps - 1, name)
+
+
+def test_turbomind_does_not_see_act_order(asked: dict[str, Asked]) -> None:
+    """It takes the folder without a word: the codes are right, and lie in other groups than their scales'."""
+    one = asked["ct, act order"]
+    assert one.answer.turbomind == ""
+    held, laws = one.answer.turbomind_linears(), laws_of(one)
+    assert any((held[name].scales.astype(np.float32) != laws[name].scales).any() for name in laws)
+
+
+def test_float32_scales_are_copied_by_one_engine_and_rounded_by_the_other(asked: dict[str, Asked]) -> None:
+    one = asked[FLOAT32_SCALES]
+    assert {held.scales.dtype for held in one.answer.turbomind_linears().values()} == {np.dtype(np.float32)}
+    expect_turbomind(one)
+    expect_pytorch(one)
+    assert any((law.scales.astype(np.float16) != law.scales).any() for law in laws_of(one).values())
+    assert [unmet.code for unmet in check(one.folder, "lmdeploy").unmet] == ["scale-dtype"]
+
+
+def test_serve_check_says_that_lmdeploy_needs_a_gpu(tmp_path: Path) -> None:
+    python = Tool("lmdeploy").python
+    with pytest.raises(EngineFailedError, match=r"lmdeploy 0\.18\.0.*LMDeploy runs on a GPU alone, and torch finds none"):
+        serve_check(ROOT / "lmdeploy" / "awq_v018", engine="lmdeploy", python=python)
+
+
+# lite.
+
+SAMPLES, LENGTH = 8, 64
+TEXT = ROOT / "manuals" / "calibration.txt"
+
+
+def half_tinylm(folder: Path) -> None:
+    """tinylm in float16, which ``lite`` wants where there is no GPU, and described as transformers 4 does it."""
+    shutil.copytree(
+        ROOT / "tinylm", folder, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("model.safetensors", "inputs.json")
+    )
+    tensors = load_file(ROOT / "tinylm" / "model.safetensors")
+    save_file({name: tensor.astype(np.float16) for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    config, tokenizer = (json.loads((folder / name).read_text("utf-8")) for name in ("config.json", "tokenizer_config.json"))
+    config |= {"dtype": "float16", "rope_theta": config.pop("rope_parameters")["rope_theta"]}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"}), "utf-8")
+
+
+MODELS = {
+    "tinylm": half_tinylm,  # grouped heads: v is not smoothed
+    "llama_mha": lambda folder: shutil.copytree(ROOT / "lmdeploy" / "llama_mha", folder, copy_function=shutil.copyfile),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def lite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tool makes of a model (calibrate, auto_awq, int8, fp8), and Weighbridge (work: statistics; ours: AWQ): folders."""
+    tool, root = Tool("lmdeploy"), tmp_path_factory.mktemp(request.param)
+    model, text = root / "model", TEXT.read_text("utf-8")
+    MODELS[request.param](model)
+    common = {"model": str(model), "calib_samples": SAMPLES, "calib_seqlen": LENGTH, "device": "cpu"}
+    runs = [
+        ("calibrate", {**common, "work_dir": str(root / "calibrate")}),
+        ("auto_awq", {**common, "work_dir": str(root / "auto_awq")}),
+        *(("smooth_quant", {**common, "work_dir": str(root / kind), "quant_dtype": kind}) for kind in ("int8", "fp8")),
+    ]
+    job = {"text": text, "bytes": None if (model / "tokenizer.json").exists() else str(model), "runs": runs}
+    (root / "job.json").write_text(json.dumps(job), "utf-8")
+    tool.run("lmdeploy_lite.py", root / "job.json")
+    arguments = [model, TEXT, root / "work", root / "ours", SAMPLES, LENGTH]
+    command = [tool.python, str(HERE / "lmdeploy_ours.py"), *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT.parent)})
+    assert run.returncode == 0, run.stderr[-6000:]
+    return root
+
+
+@pytest.mark.parametrize("name", ["inputs_stats", "outputs_stats"])
+def test_statistics_are_the_tools_bit_for_bit(lite: Path, name: str) -> None:
+    """Every statistic of every linear and norm, in the tool's order, as torch reads both files."""
+    files = {"theirs": lite / "calibrate", "ours": lite / "work"}
+    job = {"runs": [], "statistics": {str(folder / f"{name}.pth"): str(lite / f"{side}_{name}") for side, folder in files.items()}}
+    (lite / "statistics.json").write_text(json.dumps(job), "utf-8")
+    Tool("lmdeploy").run("lmdeploy_lite.py", lite / "statistics.json")
+    (theirs, about), (ours, about_ours) = (read_answer(lite / f"{side}_{name}") for side in files)
+    assert about == about_ours
+    assert len(theirs) > 50
+    for tensor, values in theirs.items():
+        assert (ours[tensor].dtype, ours[tensor].tobytes()) == (values.dtype, values.tobytes()), tensor
+
+
+def test_the_awq_folder_is_the_tools_bit_for_bit(lite: Path) -> None:
+    """Codes, zero points, scales and norms: the same tensors, byte for byte, and the same said of them."""
+    theirs, ours = (load_file(lite / folder / "model.safetensors") for folder in ("auto_awq", "ours"))
+    assert set(theirs) == set(ours)
+    for name, values in theirs.items():
+        assert (ours[name].dtype, ours[name].tobytes()) == (values.dtype, values.tobytes()), name
+    said = [json.loads((lite / folder / "config.json").read_text("utf-8"))["quantization_config"] for folder in ("auto_awq", "ours")]
+    assert said[0].items() <= said[1].items()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_what_smooth_quant_writes_is_written_again(lite: Path, tmp_path: Path, kind: str) -> None:
+    """Weighbridge reads it, writes it, and LMDeploy's PyTorch engine holds the same of both folders; TurboMind wants neither."""
+    convert(lite / kind, tmp_path / "ours", to=f"smooth_quant:{kind}")
+    answers = ask({"theirs": lite / kind, "ours": tmp_path / "ours"}, tmp_path / "asked")
+    theirs, ours = (Asked(one.folder, lite / kind, one) for one in (answers["theirs"], answers["ours"]))
+    assert (theirs.answer.pytorch, ours.answer.pytorch) == ("", "")
+    expect_pytorch(theirs)
+    expect_pytorch(ours)
+    assert check(tmp_path / "ours", "lmdeploy").ok
