@@ -476,9 +476,9 @@ CONSUMERS: dict[str, Consumer] = {
                           "weighbridge convert {dir} OUT --to awq", exactly=True),
                     groups((128,), LMDEPLOY + '"Unsupported group_size=64", of -1 too; its PyTorch engine loads others if asked for',
                            said=True),
-                    bits((4,), LMDEPLOY + '"no weight format accepts tensors"'),
+                    bits((4,), SPEC + "AWQFormat.accepts, eight outputs to a word, lmdeploy 0.18.0"),
                     scales(("F16", "BF16"), "measured, its PyTorch engine rounds to float16 without a word, lmdeploy 0.18.0"),
-                    part("qzeros", LMDEPLOY + '"no weight format accepts tensors"', "required"),
+                    part("qzeros", SPEC + "AWQFormat.accepts, lmdeploy 0.18.0", "required"),
                     fused_alike(LMDEPLOY + "RuntimeError of gate and up; q/k/v are dequantized together", only=GATE_UP),
                 ),
                 "gptq": (

@@ -7,9 +7,8 @@ Run by the interpreter that has LMDeploy; it imports nothing of Weighbridge. The
 | key | |
 | --- | --- |
 | text | the text that is the whole data set, from which ``wikitext2`` of LMDeploy takes its windows |
-| bytes | a folder to which a tokenizer is written first whose tokens are bytes |
+| bytes | a folder to which a tokenizer is written first whose tokens are bytes, or null |
 | runs | a list of [function, arguments]: of ``lmdeploy.lite.apis``, what the command of that name calls |
-| statistics | {FILE.pth: OUT.safetensors}: afterwards, as tensors STATISTIC/NAME, and their ``order`` in the metadata |
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -34,20 +31,12 @@ def write_byte_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-def write_statistics(source: Path, out: Path) -> None:
-    found = torch.load(source, weights_only=True)
-    tensors = {f"{kind}/{name}": tensor for kind, by_name in found.items() for name, tensor in by_name.items()}
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, out, {"order": json.dumps(list(tensors))})
-
-
 def main(job: dict[str, Any]) -> None:
-    if job.get("bytes"):
+    if job["bytes"] is not None:
         write_byte_tokenizer(Path(job["bytes"]))
     datasets.load_dataset = lambda *args, **kwargs: datasets.Dataset.from_dict({"text": [job["text"]]})
-    for function, arguments in job.get("runs", []):
+    for function, arguments in job["runs"]:
         getattr(importlib.import_module(f"lmdeploy.lite.apis.{function}"), function)(**arguments)
-    for source, out in job.get("statistics", {}).items():
-        write_statistics(Path(source), Path(out))
 
 
 if __name__ == "__main__":

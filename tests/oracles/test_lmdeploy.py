@@ -149,6 +149,7 @@ CHANGED = {
     "gptq, a scale per channel": Case("awq_gptq/gptq_v1_4b_gm1_sym", "gptq"),
     "gptq, 8 bits": Case("awq_gptq/gptq_v1_8b_g128_sym", "gptq"),
     "gptq, act order said": GPTQ._replace(change=say(desc_act=True)),
+    "gptq, sym false said": GPTQ._replace(change=say(sym=False)),
     "gptq, sym not said": GPTQ._replace(change=say(sym=None)),
     "gptq, desc_act not said": GPTQ._replace(change=say(desc_act=None)),
     "gptq, quantize_config.json alone": GPTQ._replace(change=say_nothing),
@@ -278,6 +279,7 @@ def expect_pytorch(one: Asked) -> None:
 def test_turbomind_holds_what_we_write(asked: dict[str, Asked], name: str) -> None:
     one = asked[name]
     assert one.answer.turbomind == ""
+    assert one.answer.dtype == (one.answer.config.get("dtype") or one.answer.config["torch_dtype"])
     assert (one.answer.turbomind_linears() != {}) == (not name.startswith("dense"))
     expect_turbomind(one)
 
@@ -317,6 +319,7 @@ REFUSED = {
     "gptq, zero points": "AssertionError: unsupported quant config",
     "gptq in groups of 64": 'ValueError: Unsupported group_size=64 for model_format="gptq"',
     "gptq, a scale per channel": 'ValueError: Unsupported group_size=-1 for model_format="gptq"',
+    "gptq, sym false said": "AssertionError: unsupported quant config",
     "gptq, act order said": "AssertionError: unsupported quant config",
     "gptq, a float k": r"NotImplementedError: GPTQFormat\.dequant not implemented",
     "gptq, a float gate": r"RuntimeError: shape '\[\d+, -1, 256\]' is invalid",
@@ -337,6 +340,12 @@ def test_turbomind_takes_the_zero_points_of_v2_for_one_more(asked: dict[str, Ask
     assert one.answer.turbomind == ""
     for name, law in laws_of(one).items():
         np.testing.assert_array_equal(one.answer.turbomind_linears()[name].steps, law.steps - 1, name)
+
+
+def test_turbomind_takes_8_bits_for_twice_as_many_inputs(asked: dict[str, Asked]) -> None:
+    answer = asked["gptq, 8 bits"].answer
+    assert answer.turbomind == ""
+    assert answer.tensors["turbomind/text_model.layers.0.attention.wo.weight"].shape[0] == 2 * answer.config["hidden_size"]
 
 
 def test_turbomind_does_not_see_act_order(asked: dict[str, Asked]) -> None:
@@ -387,22 +396,27 @@ MODELS = {
 }
 
 
+def run_lite(root: Path, model: str, *runs: tuple[str, str, dict[str, Any]]) -> Path:
+    """The folder ``model`` in ``root``, of which LMDeploy has done ``runs``, each a function, a folder in ``root`` and arguments."""
+    folder = root / "model"
+    MODELS[model](folder)
+    common = {"model": str(folder), "calib_samples": SAMPLES, "calib_seqlen": LENGTH, "device": "cpu"}
+    job = {
+        "text": TEXT.read_text("utf-8"),
+        "bytes": None if (folder / "tokenizer.json").exists() else str(folder),
+        "runs": [(function, {**common, "work_dir": str(root / out), **arguments}) for function, out, arguments in runs],
+    }
+    (root / "job.json").write_text(json.dumps(job), "utf-8")
+    Tool("lmdeploy").run("lmdeploy_lite.py", root / "job.json")
+    return folder
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def lite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the tool makes of a model (calibrate, auto_awq, int8, fp8), and Weighbridge (work: statistics; ours: AWQ): folders."""
+    """What the tool makes of a model, calibrate and auto_awq, and Weighbridge of the same: see ``lmdeploy_ours.py``."""
     tool, root = Tool("lmdeploy"), tmp_path_factory.mktemp(request.param)
-    model, text = root / "model", TEXT.read_text("utf-8")
-    MODELS[request.param](model)
-    common = {"model": str(model), "calib_samples": SAMPLES, "calib_seqlen": LENGTH, "device": "cpu"}
-    runs = [
-        ("calibrate", {**common, "work_dir": str(root / "calibrate")}),
-        ("auto_awq", {**common, "work_dir": str(root / "auto_awq")}),
-        *(("smooth_quant", {**common, "work_dir": str(root / kind), "quant_dtype": kind}) for kind in ("int8", "fp8")),
-    ]
-    job = {"text": text, "bytes": None if (model / "tokenizer.json").exists() else str(model), "runs": runs}
-    (root / "job.json").write_text(json.dumps(job), "utf-8")
-    tool.run("lmdeploy_lite.py", root / "job.json")
-    arguments = [model, TEXT, root / "work", root / "ours", SAMPLES, LENGTH]
+    model = run_lite(root, request.param, ("calibrate", "calibrate", {}), ("auto_awq", "auto_awq", {}))
+    arguments = [model, TEXT, SAMPLES, LENGTH, root / "calibrate", root]
     command = [tool.python, str(HERE / "lmdeploy_ours.py"), *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT.parent)})
     assert run.returncode == 0, run.stderr[-6000:]
@@ -412,11 +426,7 @@ def lite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("name", ["inputs_stats", "outputs_stats"])
 def test_statistics_are_the_tools_bit_for_bit(lite: Path, name: str) -> None:
     """Every statistic of every linear and norm, in the tool's order, as torch reads both files."""
-    files = {"theirs": lite / "calibrate", "ours": lite / "work"}
-    job = {"runs": [], "statistics": {str(folder / f"{name}.pth"): str(lite / f"{side}_{name}") for side, folder in files.items()}}
-    (lite / "statistics.json").write_text(json.dumps(job), "utf-8")
-    Tool("lmdeploy").run("lmdeploy_lite.py", lite / "statistics.json")
-    (theirs, about), (ours, about_ours) = (read_answer(lite / f"{side}_{name}") for side in files)
+    (theirs, about), (ours, about_ours) = (read_answer(lite / f"{side}_{name}") for side in ("theirs", "ours"))
     assert about == about_ours
     assert len(theirs) > 50
     for tensor, values in theirs.items():
@@ -433,13 +443,24 @@ def test_the_awq_folder_is_the_tools_bit_for_bit(lite: Path) -> None:
     assert said[0].items() <= said[1].items()
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_what_smooth_quant_writes_is_written_again(lite: Path, tmp_path: Path, kind: str) -> None:
-    """Weighbridge reads it, writes it, and LMDeploy's PyTorch engine holds the same of both folders; TurboMind wants neither."""
-    convert(lite / kind, tmp_path / "ours", to=f"smooth_quant:{kind}")
-    answers = ask({"theirs": lite / kind, "ours": tmp_path / "ours"}, tmp_path / "asked")
-    theirs, ours = (Asked(one.folder, lite / kind, one) for one in (answers["theirs"], answers["ours"]))
-    assert (theirs.answer.pytorch, ours.answer.pytorch) == ("", "")
-    expect_pytorch(theirs)
-    expect_pytorch(ours)
-    assert check(tmp_path / "ours", "lmdeploy").ok
+KINDS = ("int8", "fp8")
+
+
+@pytest.fixture(scope="module")
+def smoothed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Asked]:
+    """Folders of smooth_quant, by kind, and what Weighbridge writes of them, by "ours " and kind."""
+    root = tmp_path_factory.mktemp("smooth_quant")
+    run_lite(root, "llama_mha", *(("smooth_quant", kind, {"quant_dtype": kind}) for kind in KINDS))
+    for kind in KINDS:
+        convert(root / kind, root / f"ours_{kind}", to=f"smooth_quant:{kind}")
+    answers = ask({name: root / name for kind in KINDS for name in (kind, f"ours_{kind}")}, root / "asked")
+    return {name: Asked(one.folder, root / name.removeprefix("ours_"), one) for name, one in answers.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_smooth_quant_writes_is_read_and_written_again(smoothed: dict[str, Asked], kind: str) -> None:
+    """LMDeploy's PyTorch engine holds of its own folder and of ours what Weighbridge reads in the former."""
+    for one in (smoothed[kind], smoothed[f"ours_{kind}"]):
+        assert one.answer.pytorch == ""
+        expect_pytorch(one)
+        assert check(one.folder, "lmdeploy").ok
