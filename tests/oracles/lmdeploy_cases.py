@@ -1,4 +1,4 @@
-"""The folders that LMDeploy's engines are asked about: what Weighbridge writes, the same with something changed, and fixtures as they are."""
+"""Folders that LMDeploy's engines are asked about: what Weighbridge writes, the same with something changed, fixtures as they are."""
 
 from __future__ import annotations
 
