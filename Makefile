@@ -44,7 +44,7 @@ lint: $(VENV)/.test
 
 # The real tools, each in its own environment outside this folder, judge what Weighbridge writes.
 oracles: $(VENV)/.test
-	$(BIN)/nox --sessions autoawq autogptq gptqmodel msmodelslim compressed_tensors mindspore mindformers vllm vllm_ascend torch quantize
+	$(BIN)/nox --sessions autoawq autogptq gptqmodel msmodelslim compressed_tensors lmdeploy mindspore mindformers vllm vllm_ascend torch quantize
 
 bench: $(VENV)/.core
 	cd scripts && ../$(BIN)/python bench.py --hub --plan

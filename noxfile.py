@@ -1,6 +1,6 @@
 """The real tools that check what Weighbridge writes, each in an environment of its own.
 
-    nox -s autoawq autogptq gptqmodel msmodelslim compressed_tensors mindspore mindformers vllm vllm_ascend
+    nox -s autoawq autogptq gptqmodel msmodelslim compressed_tensors lmdeploy mindspore mindformers vllm vllm_ascend
 
 A session builds the tool's environment, then runs the project's own tests with the interpreter
 that runs nox, and tells them where the tool's interpreter is; the tests call it as a subprocess.
@@ -130,6 +130,12 @@ def msmodelslim(session: nox.Session) -> None:
 def compressed_tensors(session: nox.Session) -> None:
     """transformers 5.10.1 and compressed-tensors 0.17.0 load every compressed-tensors folder that Weighbridge writes."""
     run_oracle(session, "compressed_tensors", ORACLES / "compressed_tensors" / "requirements.txt")
+
+
+@nox.session(venv_backend="venv")
+def lmdeploy(session: nox.Session) -> None:
+    """LMDeploy 0.18.0 loads what Weighbridge writes, up to its kernels, and its lite gives the statistics and the AWQ folders of ours."""
+    run_oracle(session, "lmdeploy", HF_HUB_OFFLINE="1")
 
 
 @nox.session(venv_backend="venv")

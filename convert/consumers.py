@@ -20,6 +20,7 @@ from .compressed_requirements import (
     symmetric_with_inputs,
     whole_blocks,
 )
+from .fitting import FUSED
 from .requirements import (
     DOCTOR,
     FOR_VLLM_ASCEND,
@@ -91,7 +92,9 @@ HF = "measured, transformers 5.23.0 with compressed-tensors 0.20.0: "
 ASCEND = "source of vllm-ascend 0.30.0rc2 (compressed_tensors_config.py, not run): "
 SGLANG = "source of sglang 0.5.23 (not run): "
 MINDIE = "source of MindIE-LLM 8b4871a, 2026-04-23 (not run): "
+LMDEPLOY = "measured, lmdeploy 0.18.0 up to what TurboMind copies to a GPU: "
 MARLIN_GROUPS = (-1, 32, 64, 128)
+GATE_UP = FUSED[1:]
 
 ORDINARY = (standard_names("an ordinary Hugging Face folder; not run", TO_DENSE),)
 
@@ -273,10 +276,12 @@ _ASCEND_COMPRESSED = (
 
 _LMDEPLOY_COMPRESSED = (
     Requirement("config-groups", _one_group_packed, "one group_0, with the format pack-quantized", TO_COMPRESSED,
-                SPEC + "converter.py reads group_0 alone, lmdeploy 0.16.0"),
-    bits((4,), SPEC + "turbomind, lmdeploy 0.16.0"),
-    groups((32, 128), SPEC + "turbomind, lmdeploy 0.16.0"),
-    no_group_order(SPEC + "no g_idx among its tensors, lmdeploy 0.16.0"),
+                LMDEPLOY + "\"only supports pack-quantized format\"; group_0 alone is read"),
+    bits((4,), LMDEPLOY + '"pack-quantized requires 4-bit int"'),
+    groups((32, 128), LMDEPLOY + '"Unsupported group_size=64"; one scale per channel is taken for groups of 128'),
+    no_group_order(LMDEPLOY + "no g_idx is read, and weights are wrong without a word"),
+    packed_as_now(SPEC + "weight_format.py wants int32, as its zero points have been since 0.9.4, lmdeploy 0.18.0"),
+    fused_alike(LMDEPLOY + "RuntimeError of gate and up; q/k/v are dequantized together", only=GATE_UP),
 )  # fmt: skip
 
 _VLLM_GPTQ = (
@@ -466,26 +471,31 @@ CONSUMERS: dict[str, Consumer] = {
             "lmdeploy", "0.18.0",
             {
                 "awq": (
-                    value("quantization_config", "quant_method", ("awq",), SPEC + "turbomind, lmdeploy 0.18.0", DOCTOR),
-                    value("quantization_config", "version", ("gemm",), SPEC + "turbomind, lmdeploy 0.18.0",
-                          "weighbridge convert {dir} OUT --to awq"),
-                    groups((128,), SPEC + "128 only, turbomind, lmdeploy 0.18.0"),
-                    bits((4,), SPEC + "turbomind, lmdeploy 0.18.0"),
-                    scales(("F16", "BF16"), SPEC + "turbomind, lmdeploy 0.18.0"),
-                    part("qzeros", SPEC + "int32 required, turbomind, lmdeploy 0.18.0", "required"),
+                    value("quantization_config", "quant_method", ("awq",), LMDEPLOY + '"no weight format accepts tensors"', DOCTOR),
+                    value("quantization_config", "version", ("gemm",), LMDEPLOY + '"unsupported quant config", of "GEMM" too',
+                          "weighbridge convert {dir} OUT --to awq", exactly=True),
+                    groups((128,), LMDEPLOY + '"Unsupported group_size=64", of -1 too; its PyTorch engine loads others if asked for',
+                           said=True),
+                    bits((4,), SPEC + "AWQFormat.accepts, eight outputs to a word, lmdeploy 0.18.0"),
+                    scales(("F16", "BF16"), "measured, its PyTorch engine rounds to float16 without a word, lmdeploy 0.18.0"),
+                    part("qzeros", SPEC + "AWQFormat.accepts, lmdeploy 0.18.0", "required"),
+                    fused_alike(LMDEPLOY + "RuntimeError of gate and up; q/k/v are dequantized together", only=GATE_UP),
                 ),
                 "gptq": (
-                    bits((4,), SPEC + "turbomind, lmdeploy 0.18.0"),
-                    groups((128,), SPEC + "128 only, turbomind, lmdeploy 0.18.0"),
-                    symmetric(SPEC + "sym true, turbomind, lmdeploy 0.18.0"),
-                    sym_said(SPEC + "turbomind, lmdeploy 0.18.0"),
-                    no_act_order(SPEC + "desc_act false, turbomind, lmdeploy 0.18.0"),
-                    variant(("v1",), SPEC + "always adds 1: v2 is decoded with zero 9, turbomind, lmdeploy 0.18.0",
+                    value("quantization_config", "quant_method", ("gptq",), LMDEPLOY + '"no weight format accepts tensors"', DOCTOR),
+                    bits((4,), LMDEPLOY + "8 bits are taken for twice as many inputs of 4 bits"),
+                    groups((128,), LMDEPLOY + '"Unsupported group_size=64", of -1 too', said=True),
+                    symmetric(LMDEPLOY + '"unsupported quant config" without sym'),
+                    sym_said(LMDEPLOY + '"unsupported quant config"', default=True),
+                    no_act_order(LMDEPLOY + '"unsupported quant config"; no g_idx is read'),
+                    variant(("v1",), LMDEPLOY + "always adds 1: v2's zero points come out as 9",
                             "weighbridge convert {dir} OUT --to gptq:v1"),
+                    fused_alike(LMDEPLOY + "NotImplementedError of q/k/v, RuntimeError of gate and up"),
                 ),
                 "compressed-tensors": _LMDEPLOY_COMPRESSED,
                 "smooth_quant": (
-                    value("quantization_config", "quant_method", ("smooth_quant",), SPEC + "its PyTorch engine, lmdeploy 0.18.0", DOCTOR),
+                    value("quantization_config", "quant_method", ("smooth_quant",),
+                          "measured, its PyTorch engine loads it, lmdeploy 0.18.0", DOCTOR),
                 ),
                 "dense": ORDINARY,
             },

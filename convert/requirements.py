@@ -139,15 +139,20 @@ def bits(allowed: Iterable[int], source: str, mend: str = REQUANTIZE) -> Require
     return Requirement("bits", by_layer(wrong), f"{'/'.join(map(str, fits))}-bit weights", mend, source)
 
 
-def groups(allowed: Iterable[int], source: str, mend: str = REQUANTIZE) -> Requirement:
-    """Layers have one of ``allowed`` group sizes; a group as long as the input is per channel too."""
+def groups(allowed: Iterable[int], source: str, mend: str = REQUANTIZE, said: bool = False) -> Requirement:
+    """Layers have one of ``allowed`` group sizes; a group as long as the input is per channel too. said: the config says so, if any."""
     fits = tuple(allowed)
 
     def wrong(layer: LayerFacts) -> str | None:
         own = layer.in_ if layer.group_size == -1 else layer.group_size
         return None if layer.group_size in fits or own in fits or (own == layer.in_ and -1 in fits) else f"group size {layer.group_size}"
 
-    return Requirement("group-size", by_layer(wrong), f"group size {', '.join(map(str, fits))} (-1: per channel)", mend, source)
+    def unmet(facts: FolderFacts) -> list[Unmet]:
+        spoken = facts.said.get("group_size")
+        odd = [("quantization_config", f"group_size {spoken!r}")] if said and spoken not in (None, 0, *fits) else []
+        return by_layer(wrong)(facts) or odd
+
+    return Requirement("group-size", unmet, f"group size {', '.join(map(str, fits))} (-1: per channel)", mend, source)
 
 
 def symmetric(source: str, mend: str = "quantize again, symmetric; or, of 4 bits: " + TO_AWQ) -> Requirement:
@@ -155,11 +160,11 @@ def symmetric(source: str, mend: str = "quantize again, symmetric; or, of 4 bits
     return Requirement("symmetric", by_layer(lambda layer: None if layer.symmetric else "zero points"), "symmetric weights", mend, source)
 
 
-def sym_said(source: str) -> Requirement:
-    """The config says that symmetric weights are symmetric."""
+def sym_said(source: str, default: object = None) -> Requirement:
+    """The config says that symmetric weights are symmetric; ``default``: what a config without ``sym`` says."""
 
     def unmet(facts: FolderFacts) -> list[Unmet]:
-        said = facts.configs.get("quantization_config", {}).get("sym")
+        said = facts.configs.get("quantization_config", {}).get("sym", default)
         return [("quantization_config", f"sym {said!r}")] if said is not True and all(layer.symmetric for layer in facts.layers) else []
 
     return Requirement("sym", unmet, "sym true", DOCTOR, source)
@@ -257,8 +262,8 @@ def whole_groups(source: str) -> Requirement:
     return Requirement("tensor-parallel", unmet, "whole groups of inputs on each rank", mend, source)
 
 
-def fused_alike(source: str, exactly: bool = False) -> Requirement:
-    """q/k/v and gate/up are all quantized alike, or all float; exactly: to every argument of the scheme."""
+def fused_alike(source: str, exactly: bool = False, only: tuple[tuple[str, ...], ...] = FUSED) -> Requirement:
+    """Of ``only``, linears that are fused are all quantized alike, or all float; exactly: to every argument of the scheme."""
 
     def unmet(facts: FolderFacts) -> list[Unmet]:
         schemes: dict[str, object] = {
@@ -268,7 +273,7 @@ def fused_alike(source: str, exactly: bool = False) -> Requirement:
         found = []
         for layer in facts.layers:
             parent = layer.name[: -len(layer.leaf)]
-            for fused in FUSED:
+            for fused in only:
                 odd = [
                     other
                     for other in fused
@@ -278,9 +283,8 @@ def fused_alike(source: str, exactly: bool = False) -> Requirement:
                     found.append((layer.name, f"its scheme differs from that of {odd[0]}"))
         return found
 
-    return Requirement(
-        "fused", unmet, "q/k/v quantized alike, and gate/up", "quantize or roll back all of them together, or: " + TO_DENSE, source
-    )
+    wanted = "q/k/v quantized alike, and gate/up" if only == FUSED else "gate/up quantized alike"
+    return Requirement("fused", unmet, wanted, "quantize or roll back all of them together, or: " + TO_DENSE, source)
 
 
 def part(name: str, source: str, why: str) -> Requirement:
@@ -305,14 +309,22 @@ def keys(where: Where, names: Iterable[str], source: str, mend: str = DOCTOR) ->
 
 
 def value(
-    where: Where, key: str, allowed: Iterable[object], source: str, mend: str, *, code: str = "", default: object = None
+    where: Where,
+    key: str,
+    allowed: Iterable[object],
+    source: str,
+    mend: str,
+    *,
+    code: str = "",
+    default: object = None,
+    exactly: bool = False,
 ) -> Requirement:
-    """``key`` of ``where`` is one of ``allowed`` (text: in any case)."""
+    """``key`` of ``where`` is one of ``allowed`` (text: in any case, unless ``exactly``)."""
     fits = tuple(allowed)
 
     def unmet(facts: FolderFacts) -> list[Unmet]:
         found = facts.configs.get(where, {}).get(key, default)
-        plain = found.lower() if isinstance(found, str) else found
+        plain = found.lower() if isinstance(found, str) and not exactly else found
         return [] if plain in fits else [(where, f"{key} {found!r}")]
 
     return Requirement(code or key.replace("_", "-"), unmet, f"{key} {' or '.join(repr(one) for one in fits)}", mend, source)

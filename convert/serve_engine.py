@@ -192,10 +192,15 @@ class GptqModel(Transformers):
 
 
 class Lmdeploy(Engine):
-    """LMDeploy's TurboMind (GPU only). Written from the source of 0.16.0; not run."""
+    """LMDeploy's TurboMind, or its PyTorch engine for what that refuses. Written from the source of 0.18.0; no GPU has run it."""
 
     def __init__(self, job: dict[str, Any], prompts: list[Ids]) -> None:
-        torch, tool = module("torch"), module("lmdeploy")
+        torch = module("torch")
+        if not torch.cuda.is_available():  # else it would end the process without a word
+            raise RuntimeError(
+                "LMDeploy runs on a GPU alone, and torch finds none here; use another --engine, or run it where there is one"
+            )
+        tool = module("lmdeploy")
         room = max(128, 1 + job["tokens"] + max(map(len, prompts)))
         backend = tool.TurbomindEngineConfig(dtype=job["dtype"], tp=job["tp"], session_len=room, max_batch_size=4)
         self.torch, self.tokens = torch, int(job["tokens"])

@@ -160,7 +160,7 @@ INSIDE = "quantization_config"
 NAMES = folder(files=("gptq_model-4bit-128g.safetensors",), names=("config.json",))
 NO_QZEROS, NO_G_IDX = layer(parts=frozenset({"qweight", "scales", "g_idx"})), layer(parts=frozenset({"qweight", "scales", "qzeros"}))
 EIGHT, ODD_GROUPS, ASYM = every(bits=8), every(group_size=48), layer(symmetric=False)
-ODD_SHAPE, ODD_FUSED = layer(out=264), layer(group_size=64)
+ODD_SHAPE, ODD_FUSED, ODD_GATE = layer(out=264), layer(group_size=64), layer(4, group_size=64)
 FLOAT_DOWN = folder(floats=("model.layers.9.mlp.down_proj",))
 
 PACKED_ZEROS = every(symmetric=False, scheme=replace(W4A16, weights=replace(W4A16.weights, symmetric=False)))
@@ -311,6 +311,13 @@ FAILS: list[tuple[str, str, str, Change]] = [
     ("lmdeploy", "compressed-tensors", "bits", EIGHT),
     ("lmdeploy", "compressed-tensors", "group-size", every(group_size=64)),
     ("lmdeploy", "compressed-tensors", "act-order", ACT_ORDER),
+    (
+        "lmdeploy",
+        "compressed-tensors",
+        "packing",
+        both(config(INSIDE, version="0.9.3"), every(parts=PARTS["compressed-tensors"] | {"weight_zero_point"})),
+    ),
+    ("lmdeploy", "compressed-tensors", "fused", ODD_GATE),
     ("vllm-ascend", "compressed-tensors", "scheme", scheme()),
     ("vllm-ascend", "compressed-tensors", "scheme", lambda facts: quantized_inputs(facts, STATIC)),
     ("vllm-ascend", "compressed-tensors", "symmetric", ASYM_INPUTS),
@@ -333,16 +340,22 @@ FAILS: list[tuple[str, str, str, Change]] = [
     ("sglang", "dense", "file-names", NAMES),
     ("lmdeploy", "awq", "quant-method", config(INSIDE, quant_method=None)),
     ("lmdeploy", "awq", "version", config(INSIDE, version="gemv")),
+    ("lmdeploy", "awq", "version", config(INSIDE, version="GEMM")),
     ("lmdeploy", "awq", "group-size", every(group_size=64)),
+    ("lmdeploy", "awq", "group-size", config(INSIDE, group_size=-1)),
     ("lmdeploy", "awq", "bits", EIGHT),
     ("lmdeploy", "awq", "scale-dtype", layer(scale_dtype="F32")),
     ("lmdeploy", "awq", "no-qzeros", NO_QZEROS),
+    ("lmdeploy", "awq", "fused", ODD_GATE),
+    ("lmdeploy", "gptq", "quant-method", config(INSIDE, quant_method=None)),
     ("lmdeploy", "gptq", "bits", EIGHT),
     ("lmdeploy", "gptq", "group-size", every(group_size=64)),
+    ("lmdeploy", "gptq", "group-size", config(INSIDE, group_size=-1)),
     ("lmdeploy", "gptq", "symmetric", ASYM),
     ("lmdeploy", "gptq", "sym", config(INSIDE, sym=False)),
     ("lmdeploy", "gptq", "act-order", layer(act_order=True)),
     ("lmdeploy", "gptq", "variant", folder(variant="v2")),
+    ("lmdeploy", "gptq", "fused", ODD_FUSED),
     ("lmdeploy", "smooth_quant", "quant-method", config(INSIDE, quant_method="smoothquant")),
     ("lmdeploy", "dense", "file-names", NAMES),
     ("vllm-ascend", "msmodelslim", "file-names", folder(names=("quant_model_description_w8a16.json",))),
