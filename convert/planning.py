@@ -53,8 +53,9 @@ def plan(src: str | os.PathLike[str], to: str, *, probe: bool = True, **options:
     if base is not None and "config.json" not in base.names:
         raise UnreadableError(f"{base.folder.name}: --base-model has no config.json; point at the float model's folder")
     with _no_cyclic_collection():
-        checkpoint = open_checkpoint(Location.of(src, settings.description, base, zeros_reading(settings.gptq_zeros)))
-        base = base or checkpoint.sidecars
+        location = Location.of(src, settings.description, base, zeros_reading(settings.gptq_zeros))
+        checkpoint = open_checkpoint(location if spec.source is None else spec.source(location))
+        base = checkpoint.beside(base, spec.name)
         checkpoint.leave_out(spec.ignores, f"{spec.name}'s engine computes them itself")
         found = Planner(checkpoint, spec, variant, named, settings, base).plan(probe)
     if settings.consumer is not None and not found.refusals:
