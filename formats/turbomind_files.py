@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import xxhash
@@ -48,6 +48,12 @@ class WorkspaceFile:
     def unchanged(self) -> bool:
         """Whether every file still is the one that was opened."""
         return all(file.unchanged() for file in self._files.files.values())
+
+
+def padded_files(folder: Path, shape: Geometry) -> PlacedFiles:
+    """The files of a ``weights`` folder, their feed-forward as it is stored: with the 0 that fills it up."""
+    tree = tree_of(replace(shape, intermediate=shape.padded, filled=()))
+    return PlacedFiles(folder, tree.tensors, tree.places)
 
 
 def sizes_in(folder: Path) -> dict[str, int]:
