@@ -25,7 +25,8 @@ columns. Nothing is copied.
 
 Where tie_word_embeddings is true and there is no lm_head, it is the embedding again: a workspace has both.
 
-Of Baichuan's, Baichuan-7B alone is meant: Baichuan2 normalizes lm_head in its forward, and those of 13B have other positions (ALiBi).
+Of Baichuan's, Baichuan-7B alone is meant: Baichuan2 normalizes lm_head in its forward (LMDeploy did when it converted, so that its
+workspaces hold Llamas), and those of 13B have other positions (ALiBi).
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(rope, dict):
         found.setdefault("rope_theta", rope.get("rope_theta"))
         found.setdefault("rope_scaling", None if rope.get("rope_type", "default") == "default" else rope)
-    if family_of(config) is None:
+    if config.get("model_type") not in _FAMILIES:
         return found
     for key in ("auto_map", "attn_implementation", "onnx_safe", "pretraining_tp"):
         found.pop(key, None)

@@ -22,8 +22,8 @@ Quirks:
 2. Until 0.5 q and k of other groups than 128 are shuffled wrongly, since a kernel is given the group size for the head size.
 3. 4-bit workspaces are float16 wherever they are float.
 4. Where q, k and v have biases the output projection must: it is 0 where the model has none (Qwen2).
-5. Feed-forward sizes are filled up with 0 since 0.6.2 where ranks do not share out whole groups, written alike; config.json says how
-   much is the model's, and without it the zeros are read with the rest.
+5. Since 0.6.2 feed-forward sizes are filled up with 0 where ranks do not share out whole groups, and since 0.6.3 a key head is repeated
+   where there are more ranks; ``0.7`` and ``0.9`` are written alike. config.json says what is the model's; without it all is read.
 6. LMDeploy deletes the destination before it writes, and puts tokenizer.json into the source's folder; neither is done here.
 7. ``tokenizer_size`` of config.yaml is written as the vocabulary's rows, where LMDeploy counts the tokenizer's tokens.
 8. Of tied embeddings LMDeploy up to 0.4.2 wrote no output.weight, which the engine needs; later ones and we write the embedding again.
@@ -36,7 +36,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +47,20 @@ from .ir import ArrayLike, QuantArgs, QuantizedLinear, QuantScheme
 from .laid_out import LaidOut
 from .layouts import PackedMatrix
 from .llama_names import as_llama, llama_config
-from .placement import PlacedFiles
 from .safetensors_file import SafetensorsFile, TensorSet
 from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 from .turbomind_config import (
     INI,
     YAML,
+    as_in_model,
     check_divides,
     check_model_name,
     geometry_of_ini,
     geometry_of_yaml,
     read_config,
     text_of,
-    without_padding,
 )
-from .turbomind_files import WEIGHTS, WorkspaceFile, WorkspaceOutput, caches_of, padded_files, sizes_in
+from .turbomind_files import WEIGHTS, Filling, WorkspaceFile, WorkspaceOutput, caches_of, sizes_in
 from .turbomind_settings import settings_of, template_for
 from .turbomind_tree import CACHE, HEAD, Geometry, layout_of, tree_of
 
@@ -116,29 +115,6 @@ def _config_beside(location: Location, folder: Path) -> tuple[dict[str, Any] | N
     return None, None
 
 
-@dataclass(frozen=True, slots=True)
-class Filling(LeftOut):
-    """What LMDeploy filled the feed-forward up with. files: as it is stored; parts: (name, shape) of the tensors that have any of it."""
-
-    files: PlacedFiles
-    parts: list[tuple[str, tuple[int, ...]]]
-
-    def holds(self, tensors: TensorSet) -> bool:
-        """True; UnreadableError where it is not 0. Reads some rows at a time."""
-        for name, (rows, cols) in self.parts:
-            stored = self.files.tensor(name)
-            high, wide = stored.shape
-            for top in range(0, high, 1024):
-                low = min(top + 1024, high)
-                inside = slice(top, min(low, rows)), slice(cols, wide)
-                below = slice(max(top, rows), low), slice(0, wide)
-                if any(stored.read(*cut).any() for cut in (inside, below) if cut[0].start < cut[0].stop and cut[1].start < cut[1].stop):
-                    raise UnreadableError(
-                        f"{name}: is {[high, wide]}, and not 0 beyond {[rows, cols]}, which config.json says; that is of another model"
-                    )
-        return True
-
-
 class Turbomind(Checkpoint):
     """Reader of workspaces of any number of ranks."""
 
@@ -151,7 +127,7 @@ class Turbomind(Checkpoint):
         said = location.documents.get(f"{WEIGHTS}/{name}")
         sections = read_config(folder / name) if said is None else said
         config, sidecars = _config_beside(location, folder)
-        shape = geometry_of_ini(sections) if tiles else without_padding(geometry_of_yaml(sections), config)
+        shape = geometry_of_ini(sections) if tiles else as_in_model(geometry_of_yaml(sections), config)
         opener: Any = location.opener
         if opener is SafetensorsFile:
             sizes = sizes_in(folder)
@@ -196,9 +172,7 @@ class Turbomind(Checkpoint):
                 self.entries = [entry for entry in self.entries if entry != ("plain", name)]
         self._not_biases = {item.tensor for item in self.left_out}
         if self.shape.filled and self.location.opener is SafetensorsFile:
-            stored = padded_files(self.tensors.files[0].path, self.shape)
-            filled = [(name, info.shape) for name, info in self.tensors.items() if stored.tensors[name].shape != info.shape]
-            self.left_out.append(Filling("feed_forward", "zero", "", "0 that fills the feed-forward up for the ranks", "", stored, filled))
+            self.left_out.append(Filling.of(self.tensors.files[0].path, self.shape, self.tensors))
 
     def layer_tensors(self, name: str) -> tuple[str, ...]:
         return tuple(f"{name}.{part}" for part in ("qweight", "scales", "zeros", "bias") if f"{name}.{part}" in self.tensors)

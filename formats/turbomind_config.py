@@ -138,20 +138,21 @@ def _is_set(value: Any) -> bool:
     return any(value) if isinstance(value, Sequence) and not isinstance(value, str) else bool(value)
 
 
-def without_padding(shape: Geometry, config: Mapping[str, Any] | None) -> Geometry:
-    """The sizes of a config.yaml with the feed-forward size of config.json, where LMDeploy filled that up with 0.
+def as_in_model(shape: Geometry, config: Mapping[str, Any] | None) -> Geometry:
+    """The sizes of a config.yaml with config.json's key heads and feed-forward size, where LMDeploy repeated or filled them up.
 
-    It gives each rank whole groups; for QWen it takes gate and up together for one of them.
+    Up to a head and to whole groups for each rank; for QWen it takes gate and up together for one of them.
     """
-    said = llama_config(config) if config is not None else {}
-    inter = said.get("intermediate_size")
-    if shape.tiles or type(inter) is not int or not 0 < inter < min(shape.intermediate) or inter % max(1, shape.group):
+    said = llama_config(config) if config is not None and not shape.tiles else {}
+    inter, kv = said.get("intermediate_size"), said.get("num_key_value_heads")
+    if type(kv) is int and 0 < kv < shape.kv == shape.tp and shape.tp % kv == 0:
+        shape = replace(shape, kv=kv, repeat=shape.tp // kv)
+    if type(inter) is not int or not 0 < inter < min(shape.intermediate) or inter % max(1, shape.group):
         return shape
-    filled = replace(shape, intermediate=(inter,) * shape.layers).fill_up()
-    twice = replace(shape, intermediate=(2 * inter,) * shape.layers).fill_up()
+    filled, twice = (replace(shape, intermediate=(size,) * shape.layers).fill_up() for size in (inter, 2 * inter))
     if shape.intermediate not in {filled.padded, twice.padded}:
         return shape
-    return replace(filled, filled=shape.intermediate)
+    return replace(filled, filled=shape.intermediate, repeat=shape.repeat)
 
 
 def check_divides(shape: Geometry, where: str, error: type[UnreadableError] | type[RefusedError]) -> None:
@@ -163,9 +164,11 @@ def check_divides(shape: Geometry, where: str, error: type[UnreadableError] | ty
         raise error(f"{where}: {shape.layers} layers, wanted 4096 at most; it is damaged")
     if shape.head % 32 or shape.group % 32:
         raise error(f"{where}: heads of {shape.head}, groups of {shape.group}: not whole tiles of 32; TurboMind could not serve it")
-    if max(shape.heads * shape.head, shape.kv * shape.head, shape.hidden, *shape.padded) > _WIDEST:
+    if max(shape.heads * shape.head, shape.stored_kv * shape.head, shape.hidden, *shape.padded) > _WIDEST:
         raise error(f"{where}: a matrix has more than {_WIDEST} inputs or outputs; it is damaged")
-    parts: list[tuple[str, int, int]] = [("query heads", shape.heads, tp), ("key heads", shape.kv, tp), ("hidden size", shape.hidden, 1)]
+    parts: list[tuple[str, int, int]] = [
+        ("query heads", shape.heads, tp), ("key heads", shape.stored_kv, tp), ("hidden size", shape.hidden, 1)
+    ]  # fmt: skip
     parts += [(f"feed-forward size of layer {number}", inter, tp) for number, inter in enumerate(shape.padded)]
     if shape.group:
         heads = shape.heads * shape.head

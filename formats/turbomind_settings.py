@@ -68,7 +68,7 @@ def settings_of(shape: Geometry, config: Mapping[str, Any], template: str, varia
     arch = architectures[0] if isinstance(architectures, list) and architectures else "LlamaForCausalLM"
     model |= {
         "attn_bias": int(shape.qkv_bias), "chat_template": template, "head_num": shape.heads, "hidden_units": shape.hidden,
-        "kv_head_num": shape.kv, "model_arch": arch, "model_format": "awq" if shape.group else "hf", "model_name": template,
+        "kv_head_num": shape.stored_kv, "model_arch": arch, "model_format": "awq" if shape.group else "hf", "model_name": template,
         "norm_eps": float(said.get("rms_norm_eps", 1e-6)),
         "num_layer": shape.layers, "session_len": _session(config), "size_per_head": shape.head, "vocab_size": shape.output,
     }  # fmt: skip

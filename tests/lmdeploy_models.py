@@ -112,6 +112,9 @@ W4 = SMALL | AWQ | {
     "torch_dtype": "float16", "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 1,
 }  # fmt: skip
+REPEATED = SMALL | {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+"""For more ranks than key heads."""
+REPEATED_W4: dict[str, Any] = {"torch_dtype": "float16", "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8}
 WIDE: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
 SCALED: dict[str, dict[str, Any]] = {
     "dynamic": {"type": "dynamic", "factor": 2.0},
@@ -162,6 +165,11 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
             ("qwen", QWEN, 2),
         )
     },
+    **{
+        f"repeated_v{version.replace('.', '')}": (version, REPEATED | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, 4)
+        for version in ("0.6.5", "0.8.0", "0.9.2")
+    },
+    "repeated_w4_v092": ("0.9.2", REPEATED | AWQ | REPEATED_W4, 4),
     "internlm2_v026": ("0.2.6", INTERNLM2 | {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 512}, 2),
     "baichuan_v010": ("0.1.0", BAICHUAN, 2),
     "qwen_v010": ("0.1.0", QWEN, 2),

@@ -77,14 +77,14 @@ def in_llamas_words(tensors: dict[str, Array], config: dict[str, Any]) -> dict[s
         if fused is None:
             found[name] = array
             continue
-        kinds = (
-            array.reshape(keys, heads // keys + 2, -1, *array.shape[1:])
-            if "wqkv" in fused
-            else array.reshape(3, 1, 1, -1, *array.shape[1:])
-        )
+        awq = name.endswith((".qweight", ".qzeros", ".scales"))  # outputs along columns, some of them 8 in a word
+        turned = array.T if awq else array
+        rest = turned.shape[1:]
+        kinds = turned.reshape(keys, heads // keys + 2, -1, *rest) if "wqkv" in fused else turned.reshape(3, 1, 1, -1, *rest)
         parts = (kinds[:, :-2], kinds[:, -2], kinds[:, -1]) if "wqkv" in fused else kinds
         for called, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
-            found[name.replace(fused, f"self_attn.{called}")] = part.reshape(-1, *array.shape[1:])
+            flat = part.reshape(-1, *rest)
+            found[name.replace(fused, f"self_attn.{called}")] = np.ascontiguousarray(flat.T if awq else flat)
     return found
 
 
@@ -98,17 +98,15 @@ def test_every_weight_file_is_lmdeploys(tmp_path: Path, case: str) -> None:
     assert verify(source, out).same
 
 
-@pytest.mark.parametrize("case", [case for case in ALIKE if "quantization_config" not in CASES[case][1]])
+@pytest.mark.parametrize("case", ALIKE)
 def test_back_from_lmdeploys_files_comes_every_weight(tmp_path: Path, case: str) -> None:
     """The workspace read is LMDeploy's, since its files are."""
     source, out = made(tmp_path, case)
     assert differing(out, case) == []
-    convert(out, tmp_path / "dense", "dense")
-    found, wanted = (
-        load_file(tmp_path / "dense/model.safetensors"),
-        in_llamas_words(load_file(source / "model.safetensors"), CASES[case][1]),
-    )
-    if CASES[case][1]["tie_word_embeddings"]:
+    config = CASES[case][1]
+    convert(out, tmp_path / "back", "awq" if "quantization_config" in config else "dense")
+    found, wanted = load_file(tmp_path / "back/model.safetensors"), in_llamas_words(load_file(source / "model.safetensors"), config)
+    if config["tie_word_embeddings"]:
         wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
     assert sorted(found) == sorted(wanted)
     assert [name for name in wanted if not np.array_equal(found[name], wanted[name])] == []
@@ -195,6 +193,30 @@ def test_lmdeploys_own_workspace_there_and_back(tmp_path: Path, golden: str) -> 
     assert differing(tmp_path / "again", golden) == []
 
 
+def test_awq_of_a_fused_model_as_lmdeploy_0_2_had_it(tmp_path: Path) -> None:
+    """Its tiles are Llama's, of which there are goldens."""
+    sizes = {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256}
+    config = CASES["internlm2_w4_v092"][1] | sizes
+    source, llama = write_model(tmp_path / "model", config), tmp_path / "llama"
+    llama.mkdir()
+    save_file(in_llamas_words(model(config), config), llama / "model.safetensors", metadata={"format": "pt"})
+    (llama / "config.json").write_text(json.dumps({**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    for name, folder in (("of_fused", source), ("of_llama", llama)):
+        convert(folder, tmp_path / name, "turbomind:0.1", tp=2, model_name="internlm2-chat-7b")
+    ours, theirs = ({path.name: path.read_bytes() for path in (tmp_path / name / WEIGHTS).iterdir()} for name in ("of_fused", "of_llama"))
+    assert ours == theirs
+
+
+def test_copies_of_a_key_head_that_differ(tmp_path: Path) -> None:
+    _, out = made(tmp_path, "repeated_v092")
+    path = out / WEIGHTS / "layers.0.attention.w_qkv.3.bias"
+    stored = np.fromfile(path, "<u2")
+    stored[64] ^= 1  # after the rank's query head
+    stored.tofile(path)
+    said = fails(5, "convert", out, tmp_path / "dense", "--to", "dense")
+    assert "layers.0.attention.w_qkv.3.bias: differs from layers.0.attention.w_qkv.2.bias, of which it must be a copy" in said
+
+
 def test_gptq_of_a_fused_model(tmp_path: Path) -> None:
     """Columns of words that hold 8 inputs; act-order's index belongs to each part."""
     source = write_model(tmp_path / "model", CASES["internlm2_w4_v092"][1])
@@ -232,6 +254,28 @@ def test_a_workspace_of_internlm2_says_llama_when_it_is_one(tmp_path: Path) -> N
     convert(out, tmp_path / "again", "turbomind:0.9", model_name="llama2")
     assert yaml_of(tmp_path / "again") == yaml_of(out)
     assert json.loads((tmp_path / "again/config.json").read_text())["model_type"] == "internlm2"
+
+
+def test_a_workspace_of_baichuan2_is_a_llama(tmp_path: Path) -> None:
+    """LMDeploy had normalized its lm_head."""
+    _, out = made(tmp_path, "baichuan_v092")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "architectures": ["BaichuanForCausalLM"], "model_max_length": 4096}))
+    convert(out, tmp_path / "dense", "dense")
+    assert json.loads((tmp_path / "dense/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_the_tokenizer_lies_where_each_version_looks_for_it(tmp_path: Path) -> None:
+    for case, places in {
+        "bf16_v060": ("triton_models/tokenizer",),
+        "bf16_v065": ("triton_models/tokenizer", "."),
+        "bf16_v080": (".",),
+    }.items():
+        _, out = made(tmp_path / case, case)
+        found = sorted(path.parent.relative_to(out).as_posix() for path in out.rglob("tokenizer.model"))
+        assert found == sorted(places)
+        assert all((out / place / "config.json").is_file() for place in places)
+        assert (out / "triton_models/tokenizer/tokenizer.model").is_file() == (case != "bf16_v080")
 
 
 def test_shards_of_a_fused_model(tmp_path: Path) -> None:
