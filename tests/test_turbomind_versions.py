@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from killing import small_tiles
 from lmdeploy_models import BAICHUAN, CASES, INTERNLM2, QWEN, SCALED, SMALL, W4, model, write_model
 from places import fails, succeeds
 from safetensors.numpy import load_file, save_file
@@ -205,6 +206,16 @@ def test_awq_of_a_fused_model_as_lmdeploy_0_2_had_it(tmp_path: Path) -> None:
         convert(folder, tmp_path / name, "turbomind:0.1", tp=2, model_name="internlm2-chat-7b")
     ours, theirs = ({path.name: path.read_bytes() for path in (tmp_path / name / WEIGHTS).iterdir()} for name in ("of_fused", "of_llama"))
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "case", ["repeated_v092", "repeated_w4_v092", "padded_v092", "padded_w4_v092", "internlm2_v026", "internlm2_w4_v092"]
+)
+def test_tiles_that_cut_heads_groups_and_copies(tmp_path: Path, case: str) -> None:
+    with small_tiles():
+        source, out = made(tmp_path, case)
+        assert differing(out, case) == []
+        assert verify(source, out).same
 
 
 def test_copies_of_a_key_head_that_differ(tmp_path: Path) -> None:
