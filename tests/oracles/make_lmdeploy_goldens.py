@@ -4,7 +4,8 @@
 
 Run by an interpreter that has torch and the transformers of that version's days, with the wheel of LMDeploy ``VERSION`` unpacked in the
 folder LMDEPLOY; no test runs it. LMDeploy's Python code is as it is, but for what needs a GPU or a network: ``_turbomind`` is a stand-in
-that is never called, ``.cuda()`` stays on the CPU, bfloat16 is said to be supported, as on an A100, and the tokenizer is its ids.
+that is never called, ``.cuda()`` stays on the CPU, bfloat16 is said to be supported, as on an A100, the tokenizer is its ids, and the
+config.json of models whose classes lie on the hub is read by transformers' base class.
 """
 
 from __future__ import annotations
