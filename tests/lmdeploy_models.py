@@ -1,6 +1,6 @@
 """Tiny models for LMDeploy's converters: every weight follows from its name, so a digest of what became of it says where each went.
 
-Shared by ``oracles/make_lmdeploy_goldens.py``, which runs LMDeploy on them, and by the tests. A value is a multiple of 2**-10 with seven
+Shared by ``oracles/make_lmdeploy_workspaces.py``, which runs LMDeploy on them, and by the tests. A value is a multiple of 2**-10 with seven
 bits, which float16 and bfloat16 both hold, so that neither converter rounds; codes and zero points are words of random bits, and any
 word is eight valid ones.
 """

@@ -1,6 +1,6 @@
 """TurboMind workspaces against those that LMDeploy 0.1.0 to 0.9.2 made of the same models: every file, both ways.
 
-fixtures/lmdeploy/workspaces.json has the SHA-256 of each file, and configurations as they are (``oracles/make_lmdeploy_goldens.py``); the
+fixtures/lmdeploy/workspaces.json has the SHA-256 of each file, and configurations as they are (``oracles/make_lmdeploy_workspaces.py``); the
 models are made again here (``lmdeploy_models``). Where LMDeploy and we differ on purpose, the test says it.
 """
 

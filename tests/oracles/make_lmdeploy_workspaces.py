@@ -1,6 +1,6 @@
 """Write what LMDeploy's converters make of the models of ``lmdeploy_models``: fixtures/lmdeploy/workspaces.json, and some workspaces.
 
-    PYTHONPATH=LMDEPLOY python make_lmdeploy_goldens.py VERSION OUT
+    PYTHONPATH=LMDEPLOY python make_lmdeploy_workspaces.py VERSION OUT
 
 Run by an interpreter that has torch and the transformers of that version's days, with the wheel of LMDeploy ``VERSION`` unpacked in the
 folder LMDEPLOY; no test runs it. LMDeploy's Python code is as it is, but for what needs a GPU or a network: ``_turbomind`` is a stand-in
