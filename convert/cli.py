@@ -209,12 +209,10 @@ def verify(
     json: bool = JSON,
 ) -> None:
     """Are these the same weights? From the two folders alone."""
-    from formats import Location, open_checkpoint
-    from formats.checkpoint import zeros_reading
-
+    from .verification import opened_pair
     from .verification import verify as function
 
-    left, right = (open_checkpoint(Location.of(path, zeros=zeros_reading(gptq_zeros))) for path in (a, b))
+    left, right = opened_pair(a, b, gptq_zeros)
     total = left.tensors.nbytes
     with progress_bar("verifying", total, quiet=json) as progress:
         verdict = function(left, right, jobs=jobs, max_memory=parse_size(max_memory), progress=progress)

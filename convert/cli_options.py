@@ -47,7 +47,7 @@ MODEL_NAME = typer.Option(
     None,
     "--model-name",
     metavar="TEMPLATE",
-    help="turbomind only: LMDeploy's chat template. Default: internlm-chat-7b of InternLM, else base.",
+    help="turbomind only: LMDeploy's chat template. Default: one of the model's family, else base.",
 )
 QKV_CONCAT = typer.Option(False, "--qkv-concat", help="mindspore only: store q, k and v as one, and gate and up.")
 TP = typer.Option(1, "--tp", min=1, help="mindspore only: ranks of tensor parallelism, a file for each.")

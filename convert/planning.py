@@ -54,9 +54,10 @@ def plan(src: str | os.PathLike[str], to: str, *, probe: bool = True, **options:
     if base is not None and "config.json" not in base.names:
         raise UnreadableError(f"{base.folder.name}: --base-model has no config.json; point at the float model's folder")
     with _no_cyclic_collection():
-        checkpoint = open_checkpoint(Location.of(src, settings.description, base, zeros_reading(settings.gptq_zeros)))
-        base = base or checkpoint.sidecars
-        checkpoint.leave_out(target.spec.ignores, f"{target.spec.name}'s engine computes them itself")
+        spec, location = target.spec, Location.of(src, settings.description, base, zeros_reading(settings.gptq_zeros))
+        checkpoint = open_checkpoint(location if spec.source is None else spec.source(location))
+        base = checkpoint.beside(base, spec.name)
+        checkpoint.leave_out(spec.ignores, f"{spec.name}'s engine computes them itself")
         return Planner(checkpoint, target, settings, base).plan(probe)
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from formats import Checkpoint, Location, open_checkpoint
+from formats import FORMATS, Checkpoint, Location, open_checkpoint
 from formats.checkpoint import zeros_reading
 from formats.layouts import expect_work
 from formats.workspace import Workspace
@@ -75,7 +75,7 @@ def verify(
     Codes and zero points must be equal, and scales equal or rounded to the other side's dtype; a float side is compared by
     value. progress is called with bytes done. Raises UnreadableError; differences are in the verdict, not raised.
     """
-    left, right = (_opened(path, gptq_zeros) for path in (a, b))
+    left, right = opened_pair(a, b, gptq_zeros)
     ours, theirs = Matrices(left), Matrices(right)
     verdict = Verdict(Fingerprint(), Fingerprint(), 0, [], [], [], [])
     seen: set[str] = set()
@@ -161,6 +161,22 @@ def _digested(prints: Fingerprint, matrix: Matrix, found: list[tuple[slice, slic
     for rows, cols, tile in found:
         grid.put(rows, cols, tile.left)
     prints.add(matrix.name, matrix.shape, "" if counts_as_none(matrix) else grid.digest())
+
+
+def opened_pair(
+    a: str | os.PathLike[str] | Checkpoint, b: str | os.PathLike[str] | Checkpoint, gptq_zeros: str | None = None
+) -> tuple[Checkpoint, Checkpoint]:
+    """Both checkpoints, each under the names that the other's format knows (``FormatSpec.source``)."""
+    left, right = _opened(a, gptq_zeros), _opened(b, gptq_zeros)
+    return _seen_by(right, left), _seen_by(left, right)
+
+
+def _seen_by(other: Checkpoint, checkpoint: Checkpoint) -> Checkpoint:
+    look = next(spec for spec in FORMATS if spec.name == other.format).source
+    if look is None or checkpoint.format == other.format or checkpoint.location.view is not None:
+        return checkpoint
+    location = look(checkpoint.location)
+    return checkpoint if location is checkpoint.location else open_checkpoint(location)
 
 
 def _opened(path: str | os.PathLike[str] | Checkpoint, gptq_zeros: str | None) -> Checkpoint:

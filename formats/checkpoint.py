@@ -45,6 +45,7 @@ class Location:
     zeros         how to read zero points that tools read differently (GPTQ v1), if the user says it; None: as the file's writer
     documents     JSON objects by file name that count instead of what lies in the folder, which is still being written
     opener        what opens its weight files
+    view          how its tensors are seen, if not as they are stored
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Location:
     zeros: ZerosReading | None = None
     documents: Mapping[str, Any] = field(default_factory=dict)
     opener: Callable[[Path, int], StoredFile] = SafetensorsFile
+    view: Callable[[TensorSet], TensorSet] | None = None
 
     @classmethod
     def of(
@@ -114,6 +116,10 @@ class Location:
 
         prefix   names that begin with it are preferred (an index copied from the base model must not win)
         """
+        found = self._tensors(prefix)
+        return found if self.view is None else self.view(found)
+
+    def _tensors(self, prefix: str) -> TensorSet:
         if self.file is not None and self.file.name.endswith(".safetensors"):
             return TensorSet([self.file], opener=self.opener)
         if self.file is not None and self.file.name.endswith(".safetensors.index.json"):
@@ -215,6 +221,10 @@ class Checkpoint:
         base = self.location.base
         found = (self.config if base is None else base.json("config.json")) or {}
         return found["model_type"] if isinstance(found.get("model_type"), str) else None
+
+    def beside(self, base: Location | None, target: str) -> Location | None:
+        """Where config.json and the tokenizer lie, of the weights in format ``target``. base: the float model, if one was named."""
+        return base or self.sidecars
 
     def layer(self, name: str) -> QuantizedLinear:
         """The quantized layer ``name``; its codes and scales are read when asked for."""

@@ -47,7 +47,7 @@ PANEL = 128
 class Place:
     """Where a tensor lies.
 
-    files        one for each rank; copied: each holds all of it, the first is read
+    files        one for each rank; copies: of so many, one after another, each holds the same, and the first is read
     lines, slots of the whole tensor; split: which of them the ranks share out, in order
     unit         bytes of a unit; 0: half a byte, the low one first
     offset       of a rank's first unit in its file; pitch, step: bytes from line to line and from unit to unit (of half bytes, 0)
@@ -65,18 +65,20 @@ class Place:
     split: Split = ""
     head: int = 0
     turned: bool = False
-    copied: bool = False
+    copies: int = 1
 
     def read(self, read_lines: Lines, found: Array, top: int, left: int) -> None:
         """Fill ``found`` (uint8 [rows, bytes], C-contiguous) with the tensor's rows from ``top``, bytes from ``left``."""
-        for number, part in enumerate(self._parts(found, top, left)):
-            if not (number and self.copied):
+        for part in self._parts(found, top, left):
+            rank = self.files.index(part.file)
+            first = rank // self.copies * self.copies
+            if rank == first:
                 part.read(read_lines)
                 continue
-            again = replace(part, data=np.empty_like(found))
+            again = replace(part, data=found.copy())
             again.read(read_lines)
             if not np.array_equal(again.data, found):
-                raise UnreadableError(f"{part.file}: differs from {self.files[0]}, of which it must be a copy; it is damaged")
+                raise UnreadableError(f"{part.file}: differs from {self.files[first]}, of which it must be a copy; it is damaged")
 
     def write(self, read_lines: Lines, write_lines: Lines, guard: Guard, data: Array, top: int, left: int) -> None:
         """Put ``data`` (uint8 [rows, bytes]) there. What lies between is read and written again, so ``guard`` lets one at a time."""
@@ -92,12 +94,12 @@ class Place:
         lines, slots = range(top, top + rows), range(first, last)
         if self.turned:
             lines, slots = slots, lines
-        ranks = range(len(self.files) if self.split or self.copied else 1)
-        per_line = self.lines // (len(ranks) if self.split == "lines" else 1)
-        per_slot = self.slots // (len(ranks) if self.split == "slots" else 1)
-        for rank in ranks:
-            line = rank * per_line if self.split == "lines" else 0
-            slot = rank * per_slot if self.split == "slots" else 0
+        shares = len(self.files) // self.copies if self.split else 1
+        per_line = self.lines // (shares if self.split == "lines" else 1)
+        per_slot = self.slots // (shares if self.split == "slots" else 1)
+        for rank in range(shares * self.copies):
+            line = rank // self.copies * per_line if self.split == "lines" else 0
+            slot = rank // self.copies * per_slot if self.split == "slots" else 0
             here = range(max(lines.start, line), min(lines.stop, line + per_line))
             there = range(max(slots.start, slot), min(slots.stop, slot + per_slot))
             if here and there:

@@ -242,6 +242,7 @@ class FormatSpec:
     ignores              whether a plain tensor is left out, since the engine computes it itself
     sidecars             writes everything but the weights into a folder, from the model's and for a variant; what is missing, in words.
                          None: as a Hugging Face folder has it
+    source               how a checkpoint that becomes this format, or is compared with it, is looked at; None: as it is
     """
 
     name: str
@@ -264,6 +265,7 @@ class FormatSpec:
     stores_product: bool = False
     ignores: Callable[[str], bool] = lambda name: False
     sidecars: Callable[[ModelFacts, str, Location, Path], list[str]] | None = None
+    source: Callable[[Location], Location] | None = None
     default_variant: str = field(default="")
 
     def variant(self, name: str) -> Variant | None:

@@ -5,7 +5,7 @@ for each fused matrix and rank of tensor parallelism (``turbomind_tree``), with 
 
 ====================================  =========================================================================================
 ``triton_models/weights``             the weights, and config.ini (until 0.5) or config.yaml
-``triton_models/tokenizer``           until 0.5: tokenizer.model, JSON and Python files of the model's folder; then at the root
+``triton_models/tokenizer``           until 0.7.0: tokenizer.model, JSON and Python files of the model's folder; then at the root
 ``triton_models/interactive/1``       until 0.5.1: ``placeholder``, the link ``weights``
 ``triton_models/preprocessing/1``     until 0.5.1: the link ``tokenizer``; postprocessing alike
 ``model_repository``                  until 0.5.1: the links turbomind, preprocessing, postprocessing to those three
@@ -22,11 +22,13 @@ Quirks:
 2. Until 0.5 q and k of other groups than 128 are shuffled wrongly, since a kernel is given the group size for the head size.
 3. 4-bit workspaces are float16 wherever they are float.
 4. Where q, k and v have biases the output projection must: it is 0 where the model has none (Qwen2).
-5. Feed-forward sizes are filled up with 0 since 0.6 where ranks do not share out whole groups; such a workspace is not written, and read
-   with its zeros.
+5. Since 0.6.2 feed-forward sizes are filled up with 0 where ranks do not share out whole groups, and since 0.6.3 a key head is repeated
+   where there are more ranks; ``0.7`` and ``0.9`` are written alike. config.json says what is the model's; without it all is read.
 6. LMDeploy deletes the destination before it writes, and puts tokenizer.json into the source's folder; neither is done here.
 7. ``tokenizer_size`` of config.yaml is written as the vocabulary's rows, where LMDeploy counts the tokenizer's tokens.
-8. ``quant_policy = 4`` in the configuration is an int8 KV cache until 0.3, int4 since 0.4. Scales of the first lie beside the weights.
+8. Of tied embeddings LMDeploy up to 0.4.2 wrote no output.weight, which the engine needs; later ones and we write the embedding again.
+9. InternLM2, QWen and Baichuan are unfused (``llama_names``). Read back they have Llama's names, and their config.json says so.
+10. ``quant_policy = 4`` in the configuration is an int8 KV cache until 0.3, int4 since 0.4. Scales of the first lie beside the weights.
 """
 
 from __future__ import annotations
@@ -44,29 +46,29 @@ from .gptq_config import has_bias
 from .ir import ArrayLike, QuantArgs, QuantizedLinear, QuantScheme
 from .laid_out import LaidOut
 from .layouts import PackedMatrix
+from .llama_names import as_llama, llama_config
 from .safetensors_file import SafetensorsFile, TensorSet
 from .spec import Capabilities, FormatSpec, LayerTarget, ModelFacts, TensorSpec, Variant
 from .turbomind_config import (
     INI,
     YAML,
+    as_in_model,
     check_divides,
     check_model_name,
     geometry_of_ini,
     geometry_of_yaml,
-    ini_of,
-    old_yaml_of,
     read_config,
     text_of,
-    yaml_of,
 )
-from .turbomind_files import WEIGHTS, WorkspaceFile, WorkspaceOutput, caches_of, sizes_in
+from .turbomind_files import WEIGHTS, Filling, WorkspaceFile, WorkspaceOutput, caches_of, sizes_in
+from .turbomind_settings import settings_of, template_for
 from .turbomind_tree import CACHE, HEAD, Geometry, layout_of, tree_of
 
 TILES = "0.1"
-"""The variant with tiles and a config.ini; the others have rows and a config.yaml."""
+"""The variant with tiles and a config.ini; the others have rows and a config.yaml, which "0.6" and "0.7" say otherwise than "0.9"."""
 _LINEAR = re.compile(r"model\.layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.(\w+)")
-MODELS = ("llama", "internlm", "qwen2", "mistral")
-"""config.json's model_type of models whose tensors have these names and whose heads are put in order alike."""
+MODELS = ("llama", "internlm", "qwen2", "mistral", "internlm2", "qwen", "baichuan")
+"""config.json's model_type of models whose tensors have these names, or are given them by ``llama_names``."""
 
 
 def weights_folder(location: Location) -> Path | None:
@@ -86,12 +88,31 @@ def detect(location: Location) -> str | None:
     if (folder / INI).is_file():
         return TILES
     model = read_config(folder / YAML).get("model_config")
-    return "0.9" if isinstance(model, dict) and "attn_tp_size" in model else "0.6"
+    if isinstance(model, dict) and "attn_tp_size" in model:
+        return "0.9"
+    return "0.7" if isinstance(model, dict) and isinstance(model.get("inter_size"), list) else "0.6"
 
 
 def _base(tiles: bool) -> int:
     """What is added to a signed zero point."""
     return 64 + 8 if tiles else 8
+
+
+def _config_beside(location: Location, folder: Path) -> tuple[dict[str, Any] | None, Location | None]:
+    """(config.json, where it and the tokenizer lie if not in the location): they do not lie beside the weights."""
+    if location.base is not None:
+        return location.base.json("config.json"), None
+    if "config.json" in location.names:
+        return location.json("config.json"), None
+    folder = folder.resolve()  # it may be the link in triton_models/interactive/1
+    for place in (folder.parent / "tokenizer", folder.parent.parent):
+        if (place / "config.json").is_file():
+            beside = Location.of(place)
+            config = beside.json("config.json")
+            assert config is not None
+            config.pop("quantization_config", None)
+            return config, beside
+    return None, None
 
 
 class Turbomind(Checkpoint):
@@ -105,7 +126,8 @@ class Turbomind(Checkpoint):
         folder = weights_folder(location) or location.folder / WEIGHTS
         said = location.documents.get(f"{WEIGHTS}/{name}")
         sections = read_config(folder / name) if said is None else said
-        shape = geometry_of_ini(sections) if tiles else geometry_of_yaml(sections)
+        config, sidecars = _config_beside(location, folder)
+        shape = geometry_of_ini(sections) if tiles else as_in_model(geometry_of_yaml(sections), config)
         opener: Any = location.opener
         if opener is SafetensorsFile:
             sizes = sizes_in(folder)
@@ -119,8 +141,8 @@ class Turbomind(Checkpoint):
 
         super().__init__(location, "turbomind", variant, TensorSet([folder], opener=opener))
         self.shape = shape
-        if self.config is None:
-            self._find_config(folder)
+        self.sidecars = sidecars
+        self.config = config
         self.entries = [("plain", tensor) for tensor in self.tensors if not CACHE.fullmatch(tensor)]
         self.attention = [tensor for tensor in self.tensors if CACHE.fullmatch(tensor)]
         if shape.group:
@@ -132,21 +154,16 @@ class Turbomind(Checkpoint):
             ]
         self._leave_out()
 
-    def _find_config(self, folder: Path) -> None:
-        """config.json and the tokenizer, which do not lie beside the weights."""
-        folder = folder.resolve()  # it may be the link in triton_models/interactive/1
-        for place in (folder.parent / "tokenizer", folder.parent.parent):
-            if (place / "config.json").is_file():
-                self.sidecars = Location.of(place)
-                self.config = self.sidecars.json("config.json")
-                assert self.config is not None
-                self.config.pop("quantization_config", None)
-                return
+    def beside(self, base: Location | None, target: str) -> Location | None:
+        """As ``Checkpoint.beside``; in other formats InternLM2, QWen or Baichuan is the Llama that its tensors are named as."""
+        place = base or self.sidecars or self.location
+        config = place.json("config.json")
+        said = None if config is None or target == self.format else llama_config(config)
+        return base or self.sidecars if said in (None, config) else replace(place, documents={"config.json": said})
 
     def _leave_out(self) -> None:
         """Biases of the output projection that LMDeploy made up."""
-        base = self.location.base
-        config = (self.config if base is None else base.json("config.json")) or {}
+        config = llama_config(self.config or {})
         for name in [tensor for tensor in self.tensors if tensor.endswith(".o_proj.bias")]:
             module = name.removesuffix(".bias")
             if not has_bias(config, module):
@@ -154,6 +171,8 @@ class Turbomind(Checkpoint):
                 self.left_out.append(LeftOut(name, "zero", "", why, "is not 0"))
                 self.entries = [entry for entry in self.entries if entry != ("plain", name)]
         self._not_biases = {item.tensor for item in self.left_out}
+        if self.shape.filled and self.location.opener is SafetensorsFile:
+            self.left_out.append(Filling.of(self.tensors.files[0].path, self.shape, self.tensors))
 
     def layer_tensors(self, name: str) -> tuple[str, ...]:
         return tuple(f"{name}.{part}" for part in ("qweight", "scales", "zeros", "bias") if f"{name}.{part}" in self.tensors)
@@ -227,22 +246,23 @@ def geometry_for(tensors: Mapping[str, tuple[str, tuple[int, ...]]], model: Mode
             f"config.json: num_attention_heads is {heads!r}, and q_proj has {outs[0, 'self_attn.q_proj']} outputs; correct it"
         )
     head = outs[0, "self_attn.q_proj"] // heads
-    if tiles and (head != HEAD or hidden != heads * HEAD):
-        raise RefusedError(
-            f"model.layers.0.self_attn.q_proj: has heads of {head}, and LMDeploy up to 0.5 knows heads of {HEAD} only; choose turbomind:0.9"
-        )
+    if (tiles and hidden != heads * HEAD) or (variant in {TILES, "0.6"} and head != HEAD):
+        why = f"has heads of {head}, and LMDeploy up to 0.6.3 knows heads of {HEAD} only"
+        raise RefusedError(f"model.layers.0.self_attn.q_proj: {why}; choose turbomind:0.7 or turbomind:0.9")
     group = model.layers[0].group_size if model.layers else 0
     biases = [name.removesuffix(".bias") for name in tensors if name.endswith("_proj.bias")]
     o_bias = "model" if any(name.endswith(".o_proj") for name in biases) else "zero"
     cached = {name: shape[0] for name, shape in shapes.items() if CACHE.fullmatch(name)}
     inter = tuple(outs[number, "mlp.gate_proj"] for number in range(layers))
-    if variant != "0.9" and len(set(inter)) > 1:
+    if variant in {TILES, "0.6"} and len(set(inter)) > 1:
         raise RefusedError("config: has one feed-forward size for all layers, and theirs differ; choose turbomind:0.9")
     shape_ = Geometry(
         tiles, tensors["model.norm.weight"][0] if "model.norm.weight" in tensors else "F16", model.ranks, hidden, heads,
         outs[0, "self_attn.k_proj"] // head, inter, vocabulary, shapes["lm_head.weight"][0], group, head,
         any(name.endswith(".q_proj") for name in biases), o_bias, variant == "0.9", cached,
     )  # fmt: skip
+    if variant in {"0.7", "0.9"}:
+        shape_ = shape_.fill_up()
     check_divides(shape_, "--tp", RefusedError)
     return shape_
 
@@ -273,11 +293,12 @@ def write_tree(model: ModelFacts, variant: str, base: Location, folder: Path) ->
     """Write everything but the weights into ``folder``, from the model's; what is missing for a folder that loads, in words."""
     for name, sections in quantization_config(model, variant)[0].items():
         (folder / name).write_text(text_of(name, sections), encoding="utf-8")
-    tokenizer = folder / "triton_models/tokenizer" if variant == TILES else folder
-    tokenizer.mkdir(exist_ok=True)
     carried = [name for name in base.names if is_carried(name) and (base.folder / name).is_file()]
-    for name in carried:
-        shutil.copyfile(base.folder / name, tokenizer / name)
+    for place in TOKENIZERS[variant]:
+        tokenizer = folder / place
+        tokenizer.mkdir(exist_ok=True)
+        for name in carried:
+            shutil.copyfile(base.folder / name, tokenizer / name)
     if variant == TILES:
         (tokenizer / "placeholder").touch()
         for link, to in LINKS.items():
@@ -298,6 +319,14 @@ def is_carried(name: str) -> bool:
     return name.endswith((".json", ".py")) or name in {"tokenizer.model", "qwen.tiktoken", "merges.txt"}
 
 
+TOKENIZERS = {
+    TILES: ("triton_models/tokenizer",),
+    "0.6": ("triton_models/tokenizer",),
+    "0.7": ("triton_models/tokenizer", ""),
+    "0.9": ("",),
+}
+"""Where each variant's engines look for the tokenizer and config.json."""
+
 LINKS = {
     "triton_models/interactive/1/weights": "../../weights",
     "triton_models/preprocessing/1/tokenizer": "../../tokenizer",
@@ -312,10 +341,7 @@ LINKS = {
 def config_of(model: ModelFacts, variant: str, shape: Geometry) -> dict[str, Any]:
     """The sections of config.ini or config.yaml."""
     assert model.config is not None
-    named = check_model_name(model.model_name or ("internlm-chat-7b" if model.config.get("model_type") == "internlm" else "base"))
-    if variant == TILES:
-        return ini_of(shape, model.config, named)
-    return (yaml_of if variant == "0.9" else old_yaml_of)(shape, model.config, named, "awq" if shape.group else "hf")
+    return settings_of(shape, model.config, check_model_name(model.model_name or template_for(model.config)), variant)
 
 
 def quantization_config(model: ModelFacts, variant: str) -> tuple[Mapping[str, Any], None]:
@@ -330,11 +356,12 @@ _HOLDS: dict[str, Any] = {
 
 SPEC = FormatSpec(
     name="turbomind",
-    tool="LMDeploy 0.1.0, 0.9.2",
+    tool="LMDeploy 0.1.0, 0.6.0, 0.6.5, 0.9.2",
     about="workspaces of LMDeploy's own engine, float or 4-bit weights in groups of 128",
     variants=(
         Variant(TILES, "LMDeploy 0.1 to 0.5: config.ini, tiles", Capabilities(**_HOLDS), "LMDeploy 0.1 to 0.5"),
-        Variant("0.6", "LMDeploy 0.6 and 0.7: config.yaml, rows", Capabilities(**_HOLDS), "LMDeploy 0.6 and 0.7"),
+        Variant("0.6", "LMDeploy 0.6.0 to 0.6.2: config.yaml, rows", Capabilities(**_HOLDS), "LMDeploy 0.6.0 to 0.6.2"),
+        Variant("0.7", "LMDeploy 0.6.4 to 0.7: config.yaml, rows", Capabilities(**_HOLDS), "LMDeploy 0.6.4 to 0.7"),
         Variant("0.9", "LMDeploy 0.8 and 0.9: config.yaml, rows", Capabilities(**_HOLDS), "LMDeploy 0.8 and 0.9"),
     ),
     detect=detect,
@@ -345,5 +372,6 @@ SPEC = FormatSpec(
     index=lambda variant, files: None,
     ignores=lambda name: name.endswith(".rotary_emb.inv_freq"),
     sidecars=write_tree,
+    source=as_llama,
     default_variant=TILES,
 )

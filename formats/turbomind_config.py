@@ -1,32 +1,24 @@
-"""What a TurboMind workspace says of itself, and what it must say: ``config.ini`` until 0.5, ``config.yaml`` since 0.6.
+"""What a TurboMind workspace says of itself: ``config.ini`` until 0.5, ``config.yaml`` since 0.6, as files and as sizes.
 
 Defined by LMDeploy 0.1.0 (``turbomind/deploy/target_model/base.py``) and 0.9.2 (``turbomind/deploy/config.py``). Of what is read, only
-sizes matter here; what is written has every key in the tool's order, since engines up to 0.1 know no defaults.
-
-``session_len`` is that of the chat template called ``model_name``, and 8 more. In 0.1 the hidden size is ``head_num`` heads of 128.
+sizes matter here; what is written is made in ``turbomind_settings``. In 0.1 the hidden size is ``head_num`` heads of 128.
 """
 
 from __future__ import annotations
 
 import configparser
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .errors import RefusedError, UnreadableError, UsageError
+from .llama_names import llama_config
 from .mindspore_yaml import pyyaml
 from .turbomind_tree import HEAD, Geometry
 
 INI, YAML = "config.ini", "config.yaml"
 _MOST_BYTES, _MOST, _WIDEST = 1 << 20, 1 << 24, 1 << 20
-
-SESSIONS = {
-    "internlm": 2048, "llama": 2048, "base": 2048, "wizardlM": 2048, "vicuna": 2048, "internlm-chat": 2048, "internlm-chat-7b": 2048,
-    "internlm-chat-20b": 8192, "internlm-chat-7b-8k": 8192, "internlm-20b": 4096, "baichuan-7b": 2048, "baichuan2-7b": 2048,
-    "puyu": 2048, "llama2": 4096, "qwen-14b": 8192, "qwen-7b": 8192, "codellama": 4096, "solar": 2048, "ultracm": 2048,
-    "ultralm": 2048, "yi": 2048,
-}  # fmt: skip
-"""Chat templates of LMDeploy 0.1.0 with the tokens that a session of each has."""
 
 _FLOATS = {"fp16": "F16", "fp32": "F16", "bf16": "BF16", "float16": "F16", "half": "F16", "bfloat16": "BF16"}
 
@@ -146,6 +138,23 @@ def _is_set(value: Any) -> bool:
     return any(value) if isinstance(value, Sequence) and not isinstance(value, str) else bool(value)
 
 
+def as_in_model(shape: Geometry, config: Mapping[str, Any] | None) -> Geometry:
+    """The sizes of a config.yaml with config.json's key heads and feed-forward size, where LMDeploy repeated or filled them up.
+
+    Up to a head and to whole groups for each rank; for QWen it takes gate and up together for one of them.
+    """
+    said = llama_config(config) if config is not None and not shape.tiles else {}
+    inter, kv = said.get("intermediate_size"), said.get("num_key_value_heads")
+    if type(kv) is int and 0 < kv < shape.kv == shape.tp and shape.tp % kv == 0:
+        shape = replace(shape, kv=kv, repeat=shape.tp // kv)
+    if type(inter) is not int or not 0 < inter < min(shape.intermediate) or inter % max(1, shape.group):
+        return shape
+    filled, twice = (replace(shape, intermediate=(size,) * shape.layers).fill_up() for size in (inter, 2 * inter))
+    if shape.intermediate not in {filled.padded, twice.padded}:
+        return shape
+    return replace(filled, filled=shape.intermediate, repeat=shape.repeat)
+
+
 def check_divides(shape: Geometry, where: str, error: type[UnreadableError] | type[RefusedError]) -> None:
     """An error if the ranks do not share the model out, or a rank's part does not fill whole groups and tiles."""
     tp = shape.tp
@@ -155,121 +164,24 @@ def check_divides(shape: Geometry, where: str, error: type[UnreadableError] | ty
         raise error(f"{where}: {shape.layers} layers, wanted 4096 at most; it is damaged")
     if shape.head % 32 or shape.group % 32:
         raise error(f"{where}: heads of {shape.head}, groups of {shape.group}: not whole tiles of 32; TurboMind could not serve it")
-    if max(shape.heads * shape.head, shape.kv * shape.head, shape.hidden, *shape.intermediate) > _WIDEST:
+    if max(shape.heads * shape.head, shape.stored_kv * shape.head, shape.hidden, *shape.padded) > _WIDEST:
         raise error(f"{where}: a matrix has more than {_WIDEST} inputs or outputs; it is damaged")
-    parts: list[tuple[str, int, int]] = [("query heads", shape.heads, tp), ("key heads", shape.kv, tp), ("hidden size", shape.hidden, 1)]
-    parts += [(f"feed-forward size of layer {number}", inter, tp) for number, inter in enumerate(shape.intermediate)]
+    parts: list[tuple[str, int, int]] = [
+        ("query heads", shape.heads, tp), ("key heads", shape.stored_kv, tp), ("hidden size", shape.hidden, 1)
+    ]  # fmt: skip
+    parts += [(f"feed-forward size of layer {number}", inter, tp) for number, inter in enumerate(shape.padded)]
     if shape.group:
         heads = shape.heads * shape.head
         parts += [(f"hidden size in groups of {shape.group}", shape.hidden, shape.group)]
         parts += [(f"attention size in groups of {shape.group}", heads, tp * shape.group)]
         parts += [
             (f"feed-forward size of layer {number} in groups of {shape.group}", inter, tp * shape.group)
-            for number, inter in enumerate(shape.intermediate)
+            for number, inter in enumerate(shape.padded)
         ]
+        parts += [(f"feed-forward size in groups of {shape.group}", inter, shape.group) for inter in shape.intermediate]
     for what, size, by in parts:
         if size % by:
             raise error(f"{where}: {what} is {size}, which {by} does not divide for {tp} ranks; choose another --tp")
-
-
-def first_id(said: Any, default: int) -> int:
-    """A token's id in config.json, the first of several."""
-    said = said[0] if isinstance(said, list) and said else said
-    return said if isinstance(said, int) and not isinstance(said, bool) else default
-
-
-def ini_of(shape: Geometry, config: Mapping[str, Any], model_name: str) -> dict[str, Any]:
-    """What 0.1.0 writes into config.ini. config: the model's config.json."""
-    longest = config.get("max_position_embeddings", 0)
-    weight_type = "int4" if shape.group else {"F16": "fp16", "BF16": "bf16"}[shape.dtype]
-    llama = {
-        "model_name": model_name,
-        "tensor_para_size": shape.tp,
-        "head_num": shape.heads,
-        "kv_head_num": shape.kv,
-        "vocab_size": shape.vocabulary,
-        "num_layer": shape.layers,
-        "inter_size": shape.intermediate[0],
-        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "attn_bias": int(shape.qkv_bias),
-        "start_id": first_id(config.get("bos_token_id"), 1),
-        "end_id": first_id(config.get("eos_token_id"), 2),
-        "session_len": SESSIONS.get(model_name, longest or 2048) + 8,
-        "weight_type": weight_type,
-        "rotary_embedding": shape.head,
-        "rope_theta": float(config.get("rope_theta") or 10000.0),
-        "size_per_head": shape.head,
-        "group_size": shape.group,
-        "max_batch_size": 64,
-        "max_context_token_num": 1,
-        "step_length": 1,
-        "cache_max_entry_count": 0.5,
-        "cache_block_seq_len": 128,
-        "cache_chunk_size": 1,
-        "use_context_fmha": 1,
-        "quant_policy": 0,
-        "max_position_embeddings": int(longest),
-        "rope_scaling_factor": 0.0,
-        "use_logn_attn": 0,
-    }
-    return {"llama": llama}
-
-
-def yaml_of(shape: Geometry, config: Mapping[str, Any], model_name: str, source: str) -> dict[str, Any]:
-    """What 0.9.2 writes into config.yaml. source: what LMDeploy calls the format that was converted ("awq", "gptq", "hf")."""
-    if _is_set(config.get("rope_scaling")):
-        raise RefusedError(f"rope_scaling: {config['rope_scaling']} in config.json is not written into {YAML} yet; load the folder itself")
-    longest = int(config.get("max_position_embeddings", 0))
-    architectures = config.get("architectures")
-    rope = {
-        "attention_factor": 1.0, "base": float(config.get("rope_theta") or 10000.0), "beta_fast": 32, "beta_slow": 1, "dim": shape.head,
-        "factor": 1.0, "high_freq_factor": None, "low_freq_factor": None, "max_position_embeddings": None, "mrope_section": None,
-        "original_max_position_embeddings": None, "type": "default",
-    }  # fmt: skip
-    attention = {
-        "cache_block_seq_len": 64, "max_position_embeddings": longest, "rope_param": rope, "softmax_scale": 0.0, "use_logn_attn": 0,
-    }  # fmt: skip
-    model = {
-        "attn_bias": int(shape.qkv_bias), "attn_tp_size": shape.tp, "chat_template": model_name, "embedding_size": shape.vocabulary,
-        "expert_inter_size": 0, "expert_num": [], "experts_per_token": 0, "group_size": shape.group, "head_num": shape.heads,
-        "hidden_units": shape.hidden, "inter_size": list(shape.intermediate), "kv_head_num": shape.kv, "kv_lora_rank": 0,
-        "mlp_tp_size": shape.tp,
-        "model_arch": architectures[0] if isinstance(architectures, list) and architectures else "LlamaForCausalLM",
-        "model_format": source, "model_name": model_name, "moe_group_num": 1, "moe_shared_gate": False,
-        "norm_eps": float(config.get("rms_norm_eps", 1e-6)), "norm_topk_prob": False, "num_layer": shape.layers, "q_lora_rank": 0,
-        "qk_norm": False, "qk_rope_dim": 0, "routed_scale": 1.0, "session_len": longest or 2048, "size_per_head": shape.head,
-        "tokenizer_size": shape.output, "topk_group": 1, "topk_method": "greedy", "tune_layer_num": 1, "v_head_dim": 0,
-        "vocab_size": shape.output, "weight_type": "int4" if shape.group else {"F16": "float16", "BF16": "bfloat16"}[shape.dtype],
-    }  # fmt: skip
-    lora = {
-        "lora_max_wo_r": 0, "lora_policy": "", "lora_r": 0, "lora_rank_pattern": "", "lora_scale": 0.0, "lora_scale_pattern": "",
-    }  # fmt: skip
-    return {"attention_config": attention, "lora_config": lora, "model_config": model}
-
-
-def old_yaml_of(shape: Geometry, config: Mapping[str, Any], model_name: str, source: str) -> dict[str, Any]:
-    """What 0.6.0 writes into config.yaml."""
-    found = yaml_of(shape, config, model_name, source)
-    longest = found["attention_config"]["max_position_embeddings"]
-    kept = (
-        "attn_bias", "chat_template", "group_size", "head_num", "hidden_units", "kv_head_num", "model_arch", "model_format", "model_name",
-        "norm_eps", "num_layer", "session_len", "size_per_head", "vocab_size",
-    )  # fmt: skip
-    model = {
-        **{key: found["model_config"][key] for key in kept},
-        "end_id": first_id(config.get("eos_token_id"), 2),
-        "inter_size": shape.intermediate[0],
-        "start_id": first_id(config.get("bos_token_id"), 1),
-        "tp": shape.tp,
-        "weight_type": "int4" if shape.group else {"F16": "fp16", "BF16": "bf16"}[shape.dtype],
-    }
-    attention = {
-        "cache_block_seq_len": 64, "high_freq_factor": 1.0, "low_freq_factor": 1.0, "max_position_embeddings": longest,
-        "original_max_position_embeddings": 0, "rope_scaling_factor": 0.0, "rope_scaling_type": "",
-        "rope_theta": float(config.get("rope_theta") or 10000.0), "rotary_embedding": shape.head, "use_dynamic_ntk": 0,
-        "use_logn_attn": 0,
-    }  # fmt: skip
-    return {**found, "attention_config": attention, "model_config": model}
 
 
 def text_of(name: str, sections: Mapping[str, Any]) -> str:
@@ -285,7 +197,5 @@ def text_of(name: str, sections: Mapping[str, Any]) -> str:
 def check_model_name(name: str) -> str:
     """``name`` if it can stand in a configuration. UsageError for what cannot."""
     if not name or len(name) > 200 or any(not (letter.isalnum() or letter in "-_./") for letter in name):
-        raise UsageError(
-            f"--model-name {name!r}: wanted the name of one of LMDeploy's chat templates, such as {', '.join(list(SESSIONS)[5:8])}"
-        )
+        raise UsageError(f"--model-name {name!r}: wanted the name of one of LMDeploy's chat templates, such as internlm-chat-7b")
     return name

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import xxhash
 
+from .checkpoint import LeftOut
 from .errors import UnreadableError
 from .files import Readable
 from .ir import ArrayLike
 from .placement import Place, PlacedFiles
-from .safetensors_file import SourceFile, TensorInfo, TensorTable
+from .safetensors_file import SourceFile, TensorInfo, TensorSet, TensorTable
 from .turbomind_tree import CACHE, Geometry, tree_of
 
 WEIGHTS = "triton_models/weights"
@@ -48,6 +49,37 @@ class WorkspaceFile:
     def unchanged(self) -> bool:
         """Whether every file still is the one that was opened."""
         return all(file.unchanged() for file in self._files.files.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Filling(LeftOut):
+    """What LMDeploy filled the feed-forward up with. files: as it is stored; parts: (name, shape) of the tensors that have any of it."""
+
+    files: PlacedFiles
+    parts: list[tuple[str, tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, folder: Path, shape: Geometry, tensors: Mapping[str, TensorInfo]) -> Filling:
+        """That of a ``weights`` folder whose sizes are ``shape``, and which holds ``tensors`` but for it."""
+        tree = tree_of(replace(shape, intermediate=shape.padded, filled=()))
+        parts = [(name, info.shape) for name, info in tensors.items() if tree.tensors[name].shape != info.shape]
+        files = PlacedFiles(folder, tree.tensors, tree.places)
+        return cls("feed_forward", "zero", "", "0 that fills the feed-forward up for the ranks", "", files, parts)
+
+    def holds(self, tensors: TensorSet) -> bool:
+        """True; UnreadableError where it is not 0. Reads some rows at a time."""
+        for name, (rows, cols) in self.parts:
+            stored = self.files.tensor(name)
+            high, wide = stored.shape
+            for top in range(0, high, 1024):
+                low = min(top + 1024, high)
+                inside = slice(top, min(low, rows)), slice(cols, wide)
+                below = slice(max(top, rows), low), slice(0, wide)
+                if any(stored.read(*cut).any() for cut in (inside, below) if cut[0].start < cut[0].stop and cut[1].start < cut[1].stop):
+                    raise UnreadableError(
+                        f"{name}: is {[high, wide]}, and not 0 beyond {[rows, cols]}, which config.json says; that is of another model"
+                    )
+        return True
 
 
 def sizes_in(folder: Path) -> dict[str, int]:

@@ -41,7 +41,7 @@ codes of a word have the same m % 8, so those of gate and up, or of the two halv
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .layouts import PackLayout, TileLayout
 from .placement import Place, Split
@@ -79,7 +79,8 @@ class Geometry:
 
     tiles         codes are in MMA order with w13 (until 0.5); turned_output: since 0.8
     dtype         of floats: "F16" or "BF16"; group: inputs of a group, 0: float weights
-    heads, kv     query and key heads of ``head`` outputs; intermediate: of each layer
+    heads, kv     query and key heads of ``head`` outputs; repeat: ranks that each have a copy of the same key head
+    intermediate  feed-forward size of each layer; filled: with what is filled up with 0, of each layer; (): nothing is
     vocabulary    rows of the embedding; output: of lm_head
     qkv_bias      whether q, k, v have biases; o_bias: "model": wo's is the model's, "zero": it is filled up with 0
     """
@@ -99,10 +100,29 @@ class Geometry:
     o_bias: str = "model"
     turned_output: bool = True
     caches: dict[str, int] = field(default_factory=dict)
+    filled: tuple[int, ...] = ()
+    repeat: int = 1
 
     @property
     def layers(self) -> int:
         return len(self.intermediate)
+
+    @property
+    def padded(self) -> tuple[int, ...]:
+        """Feed-forward size of each layer as it is stored."""
+        return self.filled or self.intermediate
+
+    @property
+    def stored_kv(self) -> int:
+        """Key heads as they are stored."""
+        return self.kv * self.repeat
+
+    def fill_up(self) -> Geometry:
+        """With whole groups of the feed-forward and a key head for each rank, as LMDeploy since 0.6.4 fills them up and repeats them."""
+        by = max(1, self.group) * self.tp
+        filled = tuple(-(-inter // by) * by for inter in self.intermediate)
+        repeat = self.tp // self.kv if self.tp > self.kv and self.tp % self.kv == 0 else 1
+        return replace(self, filled=() if filled == self.intermediate else filled, repeat=repeat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,31 +199,31 @@ class _Builder:
     def layer(self, number: int) -> None:
         """One decoder layer, in the order of a Hugging Face checkpoint."""
         s, model, here = self.shape, f"model.layers.{number}", f"layers.{number}"
-        q, kv, inter = s.heads * s.head, s.kv * s.head, s.intermediate[number]
+        q, kv, inter, padded = s.heads * s.head, s.kv * s.head, s.intermediate[number], s.padded[number]
         attention, ffn = f"{here}.attention", f"{here}.feed_forward"
         self.vector(f"{model}.input_layernorm.weight", f"{attention}_norm.weight", s.hidden)
-        before, total = 0, q + 2 * kv
-        for leaf, outputs in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+        before, total = 0, q + 2 * kv * s.repeat
+        for leaf, outputs, copies in (("q_proj", q, 1), ("k_proj", kv, s.repeat), ("v_proj", kv, s.repeat)):
             head = 0 if leaf == "v_proj" else s.head
-            self.linear(f"{model}.self_attn.{leaf}", f"{attention}.w_qkv", s.hidden, outputs, before, total, head)
+            self.linear(f"{model}.self_attn.{leaf}", f"{attention}.w_qkv", s.hidden, outputs, before, total, head, copies=copies)
             if s.qkv_bias:
-                self.bias(f"{model}.self_attn.{leaf}", f"{attention}.w_qkv", outputs, before, total, head)
-            before += outputs
+                self.bias(f"{model}.self_attn.{leaf}", f"{attention}.w_qkv", outputs, before, total, head, copies)
+            before += outputs * copies
         self.linear(f"{model}.self_attn.o_proj", f"{attention}.wo", q, s.hidden, 0, s.hidden, 0, "lines")
         if s.qkv_bias:
             item = DTYPES[s.dtype].itemsize
             files = self.file(f"{attention}.wo.%d.bias", s.hidden * item)
             if s.o_bias == "model":
-                place = Place(files, 1, s.hidden, item, 0, s.hidden * item, item, copied=True)
+                place = Place(files, 1, s.hidden, item, 0, s.hidden * item, item, copies=s.tp)
                 self.add(f"{model}.self_attn.o_proj.bias", s.dtype, (s.hidden,), place)
         self.vector(f"{model}.post_attention_layernorm.weight", f"{here}.ffn_norm.weight", s.hidden)
         if s.tiles and s.group:
             for number_, leaf in enumerate(("gate_proj", "up_proj")):
                 self.linear(f"{model}.mlp.{leaf}", f"{ffn}.w13", s.hidden, inter, number_, 2 * inter, twin=True)
         else:
-            self.linear(f"{model}.mlp.gate_proj", f"{ffn}.w1", s.hidden, inter, 0, inter)
-            self.linear(f"{model}.mlp.up_proj", f"{ffn}.w3", s.hidden, inter, 0, inter)
-        self.linear(f"{model}.mlp.down_proj", f"{ffn}.w2", inter, s.hidden, 0, s.hidden, split="lines")
+            self.linear(f"{model}.mlp.gate_proj", f"{ffn}.w1", s.hidden, inter, 0, padded, padded=padded)
+            self.linear(f"{model}.mlp.up_proj", f"{ffn}.w3", s.hidden, inter, 0, padded, padded=padded)
+        self.linear(f"{model}.mlp.down_proj", f"{ffn}.w2", inter, s.hidden, 0, s.hidden, split="lines", padded=padded)
 
     def linear(
         self,
@@ -216,16 +236,24 @@ class _Builder:
         head: int = 0,
         split: Split = "slots",
         twin: bool = False,
+        padded: int = 0,
+        copies: int = 1,
     ) -> None:
-        """A linear that has ``outputs`` of a matrix's ``total``, from ``before``; twin: every second one, from ``before``."""
+        """A linear that has ``outputs`` of a matrix's ``total``, from ``before``.
+
+        twin     every second one, from ``before``
+        padded   what is split, outputs or inputs, filled up with 0; 0: as they are
+        copies   ranks that have the same outputs
+        """
         s = self.shape
         ranks = s.tp if split == "slots" else 1
-        lines = inputs // (s.tp if split == "lines" else 1)
+        high, wide = (padded or inputs, outputs) if split == "lines" else (inputs, padded or outputs)
+        lines = high // (s.tp if split == "lines" else 1)
         before, total = before if twin else before // ranks, total // ranks
         if not s.group:
             item = DTYPES[s.dtype].itemsize
             files = self.file(f"{file}.%d.weight", lines * total * item)
-            place = Place(files, inputs, outputs, item, before * item, total * item, item, head=head, turned=True, split=split)
+            place = Place(files, high, wide, item, before * item, total * item, item, head=head, turned=True, split=split, copies=copies)
             self.add(f"{name}.weight", s.dtype, (outputs, inputs), place)
             return
         files = self.file(f"{file}.%d.qweight", lines * total // 2)
@@ -240,21 +268,21 @@ class _Builder:
             place = Place(files, inputs // 32, slots, unit, offset, total // 32 * tile, step, head=units, split=split)
             self.add(f"{name}.qweight", "I32", (inputs // 32, outputs * 4), place)
         else:
-            unit, slots, step = (0, outputs, 0) if head else (4, outputs // 8, 4)
-            place = Place(files, inputs, slots, unit, before // 2, total // 2, step, head=head, split=split)
+            unit, slots, step = (0, wide, 0) if head else (4, wide // 8, 4)
+            place = Place(files, high, slots, unit, before // 2, total // 2, step, head=head, split=split, copies=copies)
             self.add(f"{name}.qweight", "I32", (inputs, outputs // 8), place)
-        groups, item = inputs // s.group, 4 if s.tiles else 2
+        groups, stored, item = inputs // s.group, high // s.group, 4 if s.tiles else 2
         for leaf in ("scales", "zeros"):
             files = self.file(f"{file}.%d.{'scales_zeros' if s.tiles else leaf}", lines // s.group * total * item)
             start = before * item + (2 if s.tiles and leaf == "scales" else 0)
-            place = Place(files, groups, outputs, 2, start, total * item, item * (2 if twin else 1), head=head, split=split)
+            place = Place(files, stored, wide, 2, start, total * item, item * (2 if twin else 1), split, head, copies=copies)
             self.add(f"{name}.{leaf}", "F16", (groups, outputs), place)
 
-    def bias(self, name: str, file: str, outputs: int, before: int, total: int, head: int) -> None:
+    def bias(self, name: str, file: str, outputs: int, before: int, total: int, head: int, copies: int) -> None:
         """The bias of a part of w_qkv."""
         s, item = self.shape, DTYPES[self.shape.dtype].itemsize
         files = self.file(f"{file}.%d.bias", total // s.tp * item)
-        place = Place(files, 1, outputs, item, before // s.tp * item, total // s.tp * item, item, "slots", head)
+        place = Place(files, 1, outputs, item, before // s.tp * item, total // s.tp * item, item, "slots", head, copies=copies)
         self.add(f"{name}.bias", s.dtype, (outputs,), place)
 
     def caches(self) -> None:

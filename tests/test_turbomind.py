@@ -393,7 +393,7 @@ def test_groups_that_lmdeploy_shuffled_wrongly(tmp_path: Path) -> None:
     assert "group" in fails(3, "convert", source, tmp_path / "out", "--to", "turbomind:0.1")
 
 
-@pytest.mark.parametrize("name", ["w4_v010_tp1", "w4_v010_tp2", "fp16_v010_tp2", "w4_v092_tp1"])
+@pytest.mark.parametrize("name", ["w4_v010_tp1", "w4_v010_tp2", "fp16_v010_tp2", "w4_v092_tp1", "w4_v065", "bf16_v080"])
 def test_any_part_of_a_tensor_is_that_part(name: str) -> None:
     """Rectangles, and runs of bytes, beside the whole."""
     checkpoint, random = open_checkpoint(WORKSPACES / name), np.random.default_rng(3)
