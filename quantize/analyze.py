@@ -282,3 +282,7 @@ def _notes(recipe: Recipe, data: bool) -> Iterator[str]:
         yield "the recipe smooths, which needs calibration data: these are the errors of the weights as they are"
     if config.w_method == "GPTQ":
         yield "weights are rounded to nearest here, not by GPTQ"
+    if recipe.awq is not None:
+        yield "scales and clips are not searched here, as AWQ does: weights are rounded to nearest as they are"
+    if recipe.lmdeploy_awq is not None:
+        yield "weights are rounded to nearest here as they are, not smoothed and rounded as LMDeploy does"

@@ -141,6 +141,19 @@ def test_without_data_errors_of_weights_alone(source: Path, tmp_path: Path) -> N
     assert note.startswith("the recipe smooths, which needs calibration data")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "note"),
+    [
+        ("w4a16-gptq", "not by GPTQ"),
+        ("w4a16-awq", "are not searched here, as AWQ does"),
+        ("lmdeploy-awq", "not smoothed and rounded as LMDeploy does"),
+    ],
+)
+def test_what_a_recipe_does_beyond_rounding_is_said(recipe: str, note: str, source: Path) -> None:
+    (found,) = analyze_model(source, recipe).notes
+    assert note in found
+
+
 def test_what_a_recipe_leaves_in_float_and_experts_that_nothing_reaches(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
