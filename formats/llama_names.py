@@ -81,6 +81,8 @@ _FAMILIES = {
     "baichuan": Family("model.layers", "self_attn.W_pack"),
 }  # fmt: skip
 _PARTS = ("q_proj", "k_proj", "v_proj")
+_OF_REMOTE_CODE = ("auto_map", "attn_implementation", "onnx_safe", "pretraining_tp")
+"""Keys that say something to a folder's own code alone."""
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
@@ -103,7 +105,7 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
         found.setdefault("rope_scaling", None if rope.get("rope_type", "default") == "default" else rope)
     if config.get("model_type") not in _FAMILIES:
         return found
-    for key in ("auto_map", "attn_implementation", "onnx_safe", "pretraining_tp"):
+    for key in _OF_REMOTE_CODE:
         found.pop(key, None)
     if config["model_type"] != "qwen":
         return found | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": bool(found.pop("bias", False))}
@@ -117,6 +119,23 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope_theta": float(config.get("rotary_emb_base", 10000.0)), "max_position_embeddings": config.get("seq_length", 8192),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)), "use_sliding_window": False,
     }  # fmt: skip
+
+
+def internlm_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The first InternLM's config.json for transformers' Llama, which it is, under Llama's names: q, k, v and o have biases where ``bias``
+    says so, and of ``rotary`` the type "dynamic" is Llama's dynamic NTK scaling (its modeling_internlm.py as published).
+
+    :raises UnreadableError: a rotary embedding of another type; ``where`` is the folder
+    """
+    rotary = config.get("rotary") or {}
+    kind = rotary.get("type", "origin")
+    if kind not in {"origin", "dynamic"}:
+        raise UnreadableError(f"{where}: rotary type {kind!r} in config.json, wanted origin or dynamic; correct the config")
+    found = {key: value for key, value in config.items() if key not in {*_OF_REMOTE_CODE, "bias", "rotary"}}
+    found |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": bool(config.get("bias", True))}
+    found |= {"rope_theta": float(rotary.get("base", 10000))}
+    scaling = {"rope_type": "dynamic", "factor": float(rotary.get("scaling_factor", 1.0))}
+    return found | {"rope_scaling": scaling} if kind == "dynamic" else found
 
 
 def as_llama(location: Location) -> Location:

@@ -300,7 +300,7 @@ def write_tree(model: ModelFacts, variant: str, base: Location, folder: Path) ->
         for name in carried:
             shutil.copyfile(base.folder / name, tokenizer / name)
     if variant == TILES:
-        (tokenizer / "placeholder").touch()
+        (folder / TOKENIZERS[TILES][0] / "placeholder").touch()
         for link, to in LINKS.items():
             (folder / link).parent.mkdir(parents=True, exist_ok=True)
             (folder / link).symlink_to(to)

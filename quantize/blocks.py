@@ -33,7 +33,7 @@ from formats.ir import dequantize, read
 
 from .architectures import Architecture, architecture_of
 from .devices import HOST
-from .models import config_of
+from .models import transformers_config
 from .stage import forward
 
 __all__ = ["Blocks", "Inputs", "Sample", "Shell", "States", "Weights", "advance", "shell", "to_torch"]
@@ -336,7 +336,7 @@ def shell(checkpoint: Checkpoint) -> Shell:
         raise UnreadableError(f"{location.folder}: has no config.json, so it is no model's folder; name the float model's (base model)")
     library: Any = transformers
     try:
-        config = config_of(location)
+        config = transformers_config(location)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):

@@ -38,6 +38,7 @@ from .golden_stick_config import GoldenStick, Policy, names_of_linear
 from .golden_stick_data import calibration_samples
 from .golden_stick_layer import MadeLayer, MadeLinear, quantize_layer, siblings
 from .golden_stick_tensors import cache_of, laid_out
+from .outputs import scales_in
 from .progress import LayerFigures, Report
 from .recipe import Recipe
 from .result import Quantized, draw_plot
@@ -89,7 +90,7 @@ def quantize_golden_stick(
     policies = policies_of(blocks, settings)
     wanted = Settings(
         max_shard_size=max_shard_size,
-        scale_dtype=scale_dtype or ("keep" if target.spec.name in {"msmodelslim", "mindspore"} else None),
+        scale_dtype=scale_dtype or scales_in(target.spec, golden_stick=True),
         jobs=jobs,
         max_memory=max_memory,
         qkv_concat=qkv_concat,

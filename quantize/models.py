@@ -1,8 +1,8 @@
 """Float models and tokenizers as transformers loads them, from a folder alone: no code of the folder is run, nothing is fetched.
 
-InternLM's own code lies in its folders. But the first InternLM (``model_type`` internlm) is Llama with biases in attention, and so
-transformers' Llama is built for it: q, k, v and o have biases where ``bias`` says so, and of ``rotary`` the type "dynamic" is Llama's
-dynamic NTK scaling (its modeling_internlm.py as published). Its tokenizer is Llama's too, over ``tokenizer.model``.
+InternLM's own code lies in its folders. But the first InternLM (``model_type`` internlm) is Llama with biases in attention
+(``formats.llama_names.internlm_config``), and so transformers' Llama is built for it. Its tokenizer is Llama's too, over
+``tokenizer.model``.
 """
 
 from __future__ import annotations
@@ -18,17 +18,12 @@ import transformers
 
 from formats.checkpoint import Location
 from formats.errors import UnreadableError
+from formats.llama_names import internlm_config
 
-__all__ = ["config_of", "load_model", "load_tokenizer"]
-
-_AS_LLAMA = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act rms_norm_eps "
-    "max_position_embeddings initializer_range use_cache pad_token_id bos_token_id eos_token_id tie_word_embeddings torch_dtype dtype"
-).split()
-"""Keys of InternLM's config that Llama's has too."""
+__all__ = ["load_model", "load_tokenizer", "transformers_config"]
 
 
-def config_of(location: Location) -> Any:
+def transformers_config(location: Location) -> Any:
     """transformers' config of the model in a folder.
 
     :raises UnreadableError: an InternLM whose rotary embeddings are of an unknown type. What transformers raises is not caught
@@ -36,22 +31,10 @@ def config_of(location: Location) -> Any:
     library: Any = transformers
     document = location.json("config.json") or {}
     if document.get("model_type") == "internlm":
-        return library.LlamaConfig(**_internlm(location, document))
+        return library.AutoConfig.for_model(**internlm_config(document, str(location.folder)))
     if "config.json" in location.documents:
         return library.AutoConfig.for_model(**document)
     return library.AutoConfig.from_pretrained(location.folder, trust_remote_code=False, local_files_only=True)
-
-
-def _internlm(location: Location, document: dict[str, Any]) -> dict[str, Any]:
-    rotary = document.get("rotary") or {}
-    kind = rotary.get("type", "origin")
-    if kind not in {"origin", "dynamic"}:
-        raise UnreadableError(f"{location.folder}: rotary type {kind!r} in config.json, wanted origin or dynamic; correct the config")
-    said = {key: document[key] for key in _AS_LLAMA if key in document}
-    said |= {"attention_bias": document.get("bias", True), "rope_theta": float(rotary.get("base", 10000))}
-    if kind == "dynamic":
-        said["rope_scaling"] = {"rope_type": "dynamic", "factor": float(rotary.get("scaling_factor", 1.0))}
-    return said
 
 
 def load_model(folder: Path) -> Any:
@@ -61,7 +44,7 @@ def load_model(folder: Path) -> Any:
     library: Any = transformers
     try:
         with _without_bars(library.utils.logging):
-            said = {"config": config_of(Location.of(folder)), name: "auto"}
+            said = {"config": transformers_config(Location.of(folder)), name: "auto"}
             model = library.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **said)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

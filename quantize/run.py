@@ -25,12 +25,12 @@ from formats import open_checkpoint
 from formats.checkpoint import Checkpoint, Location
 from formats.errors import RefusedError, UnreadableError, UsageError
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
-from formats.spec import FormatSpec
 
 from .blocks import Shell, shell
 from .choice import chosen_linears
 from .config import QuantConfig
 from .layerwise import Job
+from .outputs import scales_in
 from .progress import Report
 from .recipe import Recipe, load
 from .result import Quantized, draw_plot
@@ -90,7 +90,7 @@ def quantize_model(
 
     clock = Clock()
     model = shell(source)
-    settings = Settings(max_shard_size=max_shard_size, scale_dtype=scale_dtype or _scales(target.spec), jobs=jobs, max_memory=max_memory)
+    settings = Settings(max_shard_size=max_shard_size, scale_dtype=scale_dtype or scales_in(target.spec), jobs=jobs, max_memory=max_memory)
     _ask_target(source, model, recipe, device, target, settings)
     data = calibrating(calib, base, recipe.calibration, samples)
     clock.done("load")
@@ -128,11 +128,6 @@ def _way(request: Request, out: Path, resume: bool) -> Iterator[Outcome]:
     if resume:
         raise UsageError(f"--resume: this recipe needs the whole model in memory, so there is nothing to go on with: {why}")
     yield in_memory(request)
-
-
-def _scales(spec: FormatSpec) -> str | None:
-    """msModelSlim's files keep the dtype of every scale, as the tool leaves it; others take what their loaders want."""
-    return "keep" if spec.name == "msmodelslim" else None
 
 
 def _base(model_dir: str | os.PathLike[str]) -> Location:

@@ -40,6 +40,7 @@ from formats.spec import FormatSpec
 from .anti_outlier import WRAPPED_NORMS
 from .config import QuantConfig
 from .layers import STATIC_TYPES, QuantizedLayer
+from .outputs import scales_in
 
 if TYPE_CHECKING:
     from .calibrator import Calibrator
@@ -278,7 +279,7 @@ def save(
 def _save_format(calibrator: Calibrator, folder: Path, to: str, safetensors_name: str | None, json_name: str | None, shard: int) -> Result:
     target = find_target(to)
     spec = target.spec
-    settings = Settings(max_shard_size=shard, scale_dtype="keep" if spec.name == "msmodelslim" else None)
+    settings = Settings(max_shard_size=shard, scale_dtype=scales_in(spec))
     renamed = target._replace(spec=_renamed(spec, safetensors_name, json_name))
     plan = Planner(checkpoint_of(calibrator, norms_of(target)), renamed, settings).plan(probe=True)
     plan.raise_if_refused()

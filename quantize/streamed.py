@@ -34,6 +34,7 @@ from formats.ir import QuantArgs, QuantizedLinear, QuantScheme, read
 from formats.safetensors_file import DEFAULT_SHARD_BYTES
 
 from .golden_stick_config import names_of_linear
+from .outputs import scales_in
 from .progress import LayerFigures, Report
 from .result import Quantized, check_plot, draw_plot
 from .rounded_tiles import PIECE, Codes, Errors, Rounding, ScaleBands, Scales
@@ -247,10 +248,8 @@ def round_folder(
     raises  UsageError, UnreadableError, RefusedError, DestinationError, NotSameError; nothing visible is left at ``out``
     """
     target = find_target(to) if isinstance(to, str) else to
-    spec = target.spec
     checkpoint = Rounded(open_checkpoint(model if isinstance(model, Location) else Path(model)), rounding, disable_names, patterns)
-    keeps = spec.name == "msmodelslim" or (spec.name == "mindspore" and not isinstance(rounding, Rounding))
-    scale_dtype = scale_dtype or ("keep" if keeps else None)
+    scale_dtype = scale_dtype or scales_in(target.spec, golden_stick=not isinstance(rounding, Rounding))
     settings = Settings(jobs=jobs, max_shard_size=max_shard_size, scale_dtype=scale_dtype, max_memory=max_memory, qkv_concat=qkv_concat)
     checkpoint.keep_scales(max(0, max_memory - LIBRARIES) // _SHARE, entries_in_flight(settings.workers))
     # A probe would read every weight, to find what is so by construction: symmetric, finite, in range.

@@ -25,14 +25,14 @@ from formats import kernels, tile_kernels
 from formats.awq import GEMM, GEMV, GEMV_FAST
 from formats.gptq import codes_layout
 from formats.ir import Array
-from formats.layouts import Layout, TileLayout
+from formats.layouts import PackLayout, TileLayout
 from formats.marlin import MARLIN
 from formats.msmodelslim import PACKED_COLUMNS, PACKED_ROWS
 from formats.turbomind_tree import HALF_MMA, MMA
 from formats.turbomind_tree import ROWS as NATURAL
 
 ROWS, COLS = 128, 3584
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, PackLayout | TileLayout] = {
     "awq:gemm": GEMM,
     "awq:gemv, compressed-tensors": GEMV,
     "awq:gemv_fast": GEMV_FAST,
@@ -77,11 +77,11 @@ def jobs() -> list[Job]:
     return found
 
 
-def _unpack(layout: Layout, words: Array, codes: Array) -> Callable[[], object]:
+def _unpack(layout: PackLayout | TileLayout, words: Array, codes: Array) -> Callable[[], object]:
     into = np.empty_like(codes)
     if isinstance(layout, TileLayout):
         return lambda: tile_kernels.unpack_tiles(layout, words, into)
-    return lambda: kernels.unpack(layout, words, into)  # type: ignore[arg-type]
+    return lambda: kernels.unpack(layout, words, into)
 
 
 def copy_of(size: int) -> Callable[[], object]:

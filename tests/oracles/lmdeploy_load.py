@@ -36,6 +36,7 @@ Tensors = dict[str, torch.Tensor]
 
 turbomind = import_turbomind()
 
+# Only now, since all of LMDeploy imports the extension that stands replaced.
 import lmdeploy.pytorch.config as pytorch_config  # noqa: E402
 from lmdeploy.messages import TurbomindEngineConfig  # noqa: E402
 from lmdeploy.pytorch.backends import selector  # noqa: E402

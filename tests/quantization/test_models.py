@@ -16,7 +16,7 @@ from torch.nn import functional
 from formats.checkpoint import Location
 from formats.errors import UnreadableError
 from quantize.lmdeploy_calibration import calibrate
-from quantize.models import config_of, load_model, load_tokenizer
+from quantize.models import load_model, load_tokenizer, transformers_config
 
 WIDTH, HEADS, INNER, LAYERS, WORDS = 64, 4, 96, 2, 80
 INTERNLM: dict[str, Any] = {
@@ -96,7 +96,7 @@ def test_internlm_is_calibrated_layer_by_layer(tmp_path: Path) -> None:
 
 def test_rotary_embeddings_of_internlm(tmp_path: Path) -> None:
     internlm(tmp_path / "far", rotary={"base": 500000, "type": "dynamic", "scaling_factor": 2.0}, bias=False)
-    config = config_of(Location.of(tmp_path / "far"))
+    config = transformers_config(Location.of(tmp_path / "far"))
     rope = getattr(config, "rope_parameters", None) or {**config.rope_scaling, "rope_theta": config.rope_theta}
     assert (rope["rope_theta"], rope["rope_type"], rope["factor"]) == (500000, "dynamic", 2.0)
     assert config.attention_bias is False
